@@ -1,0 +1,76 @@
+"""What a backend is given and what it returns.
+
+Shape suffixes: N rows that enter the loss, V columns of a head, K columns the divergence compares, H hidden size.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kdflow_kernels.divergences import Divergence
+
+
+@dataclass(frozen=True)
+class Head:
+    """One side's last hidden states and output head: logits = softcap(logit_scale * (input @ weight.T + bias)).
+
+    ``token_ids`` (K,) are the columns the divergence compares, in the order of the other side's; None: the first K.
+    """
+
+    input: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+    token_ids: Tensor | None
+
+    @property
+    def is_plain(self) -> bool:
+        return self.bias is None and self.logit_scale == 1.0 and self.softcap is None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Validated inputs of one loss, reduced to the rows that count."""
+
+    student: Head
+    teacher: Head | None  # None: cross-entropy alone
+    labels: Tensor | None  # (N,) int64, every one inside the student's head; None: no cross-entropy
+    row_scale: Tensor  # (N,) fp32 or fp64: row weight / denominator, what each row's loss is multiplied by
+    num_compared: int  # K
+    divergence: Divergence
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+    chunk_size: int | None
+    grad_filter_eps: float
+
+
+@dataclass(frozen=True)
+class RowTerms:
+    """Per-row results, each (N,), in nats, before weights and row_scale; None where there is no teacher or no label."""
+
+    kd: Tensor | None
+    ce: Tensor | None
+    student_entropy: Tensor
+    teacher_entropy: Tensor | None
+    top1_agreement: Tensor | None
+
+
+@dataclass(frozen=True)
+class GradientNeeds:
+    input: bool
+    weight: bool
+    bias: bool
+
+    def __bool__(self) -> bool:
+        return self.input or self.weight or self.bias
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """d(sum_n row_scale_n * (kd_weight * kd_n + ce_weight * ce_n)) for the student's tensors; None where not needed."""
+
+    input: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None

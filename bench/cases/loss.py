@@ -1,0 +1,121 @@
+"""``bench loss``: the fused loss, forward and backward, beside its peers and the bare GEMMs.
+
+One repetition takes student and teacher hidden states and both heads to the mean loss and the
+gradients of the student's hidden states and head: 2NV(Ht + 3Hs) flops in four GEMMs, which is the
+floor. N rows, V vocabulary, Hs and Ht hidden sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.environment import has_native_bf16
+from bench.model import Case, Provider
+
+MODULE = "bench.cases.loss_providers"
+SHAPES = ((1024, 64000, 512, 1024), (1024, 151936, 896, 2048))
+QUICK_SHAPES = ((256, 32000, 256, 512),)
+DIVERGENCES = ("forward_kl", "jsd")
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+PROVIDERS = (
+    Provider("kdflow", f"{MODULE}:kdflow", "ours"),
+    Provider("eager", f"{MODULE}:eager"),
+    Provider("torch.compile", f"{MODULE}:compiled"),
+    Provider("liger", f"{MODULE}:liger"),
+    Provider("liger chunk 128", f"{MODULE}:liger_small_chunks"),
+    Provider("trl", f"{MODULE}:trl"),
+)
+NATIVE_FLOOR = Provider("4 GEMMs", f"{MODULE}:gemms", "floor")
+# A CPU without bf16 instructions emulates bf16 GEMMs, often slower than fp32 ones on operands cast
+# up first. The floor is the faster of the two, casts included; without the casts it is a bound.
+UPCAST_FLOOR = Provider("4 GEMMs in fp32, casts included", f"{MODULE}:upcast_gemms", "floor")
+UPCAST_BOUND = Provider("4 GEMMs in fp32, casts excluded", f"{MODULE}:fp32_gemms", "bound")
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_rows: int
+    vocab_size: int
+    student_hidden: int
+    teacher_hidden: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """From ``"N,V,Hs,Ht"``."""
+        try:
+            return cls(*(int(part) for part in text.split(",")))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"--shapes: expected N,V,Hs,Ht as in 1024,64000,512,1024, got {text!r}"
+            ) from None
+
+    @property
+    def flops(self) -> float:
+        """2NV(Ht + 3Hs): both projections and the two gradient GEMMs."""
+        per_logit = self.teacher_hidden + 3 * self.student_hidden
+        return 2.0 * self.num_rows * self.vocab_size * per_logit
+
+    def __str__(self) -> str:
+        return (
+            f"N={self.num_rows} V={self.vocab_size} Hs={self.student_hidden}"
+            f" Ht={self.teacher_hidden}"
+        )
+
+
+def floors(dtype: str, device: str) -> tuple[Provider, ...]:
+    """The GEMM floors that are honest for this dtype on this hardware."""
+    if device == "cpu" and dtype == "bf16" and not has_native_bf16():
+        return (UPCAST_FLOOR, NATIVE_FLOOR, UPCAST_BOUND)
+    return (NATIVE_FLOOR,)
+
+
+def cases(
+    *,
+    device: str,
+    quick: bool,
+    shapes: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    divergences: Sequence[str] = (),
+) -> list[Case]:
+    """The cases asked for; by default every shape in the main dtype with forward KL, and the first
+    shape also with JSD and in the other dtype."""
+    chosen = [Shape.parse(text) for text in shapes]
+    chosen = chosen or [Shape(*shape) for shape in (QUICK_SHAPES if quick else SHAPES)]
+    native = device != "cpu" or has_native_bf16()
+    main, other = ("bf16", "fp32") if native else ("fp32", "bf16")
+    if dtypes or divergences:
+        return [
+            _case(shape, dtype, divergence, device)
+            for shape in chosen
+            for dtype in dtypes or (main,)
+            for divergence in divergences or DIVERGENCES
+        ]
+    grid = [(shape, main, DIVERGENCES[0]) for shape in chosen]
+    if not quick:
+        grid += [(chosen[0], main, divergence) for divergence in DIVERGENCES[1:]]
+        grid.append((chosen[0], other, DIVERGENCES[0]))
+    return [_case(*point, device) for point in grid]
+
+
+def _case(shape: Shape, dtype: str, divergence: str, device: str) -> Case:
+    rows, hidden = shape.num_rows, shape.student_hidden + shape.teacher_hidden
+    input_bytes = ITEM_BYTES[dtype] * (rows + shape.vocab_size) * hidden
+    return Case(
+        suite="loss",
+        name=f"{divergence} {dtype} {shape}",
+        params={
+            "divergence": divergence,
+            "dtype": dtype,
+            "device": device,
+            "num_rows": shape.num_rows,
+            "vocab_size": shape.vocab_size,
+            "student_hidden": shape.student_hidden,
+            "teacher_hidden": shape.teacher_hidden,
+        },
+        providers=(*floors(dtype, device), *PROVIDERS),
+        work=shape.flops,
+        unit="flop",
+        worker_mib=500 + 2 * input_bytes / 2**20,
+    )

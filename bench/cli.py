@@ -1,0 +1,120 @@
+"""The command line: choose cases, run them, write what came out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import compare, output, report
+from bench.cases import loss
+from bench.environment import environment
+from bench.model import Case
+from bench.sweep import Settings, run_case
+
+SUITES = ("loss",)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suite or the comparison that ``arguments`` name; 2 for bad arguments."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a pipe has no width; 80 columns would break every cell
+    try:
+        if options.command == "compare":
+            return compare.main(Path(options.before), Path(options.after), console)
+        return _run(options, console)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    cases = _cases(options)
+    if options.providers:
+        cases = [_only(case, options.providers) for case in cases]
+    settings = Settings(
+        reps=options.reps or (3 if options.quick else 7),
+        budget_s=options.budget_s or (4.0 if options.quick else 30.0),
+        num_threads=options.threads or len(os.sched_getaffinity(0)),
+    )
+    machine = environment(device=options.device, num_threads=settings.num_threads)
+    path = _result_path(options)
+    rows = []
+    for case in cases:
+        with console.status(case.name) as status:
+            rows += (found := run_case(case, settings, say=status.update))
+        output.print_case(found, console)
+        # After every case, so that an interrupted run keeps what it measured.
+        output.write_results(path, machine, rows)
+    html = report.write_report(path, machine, rows)
+    console.print(f"wrote {os.path.relpath(path)} and {os.path.relpath(html)}", highlight=False)
+    return 0
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    found: list[Case] = []
+    if options.command in ("loss", "all"):
+        found += loss.cases(
+            device=options.device,
+            quick=options.quick,
+            shapes=options.shapes,
+            dtypes=options.dtype,
+            divergences=options.divergence,
+        )
+    return found
+
+
+def _only(case: Case, wanted: Sequence[str]) -> Case:
+    """The case with the wanted providers and its floors."""
+    known = [provider.name for provider in case.providers]
+    if not set(wanted) & set(known):
+        raise ValueError(f"--providers: none of {list(wanted)} is in {case.name!r}; known: {known}")
+    kept = [p for p in case.providers if p.role in ("floor", "bound") or p.name in wanted]
+    return replace(case, providers=tuple(kept))
+
+
+def _result_path(options: argparse.Namespace) -> Path:
+    if options.out:
+        return Path(options.out).with_suffix(".jsonl")
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    return output.RESULTS / f"{options.command}-{options.device.partition(':')[0]}-{stamp}.jsonl"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Benchmarks beside peers and floors, all providers interleaved in one run.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    shared.add_argument("--quick", action="store_true", help="small cases, under a minute")
+    shared.add_argument("--providers", nargs="+", default=[], metavar="NAME")
+    shared.add_argument("--reps", type=int, help="repetitions of each provider (7; quick: 3)")
+    shared.add_argument("--budget-s", type=float, help="seconds a provider may take in one case")
+    shared.add_argument("--threads", type=int, help="threads of each provider (all cores)")
+    shared.add_argument("--out", metavar="PATH", help="result file (bench/results/...)")
+    loss_options = argparse.ArgumentParser(add_help=False)
+    loss_options.add_argument("--shapes", nargs="+", default=[], metavar="N,V,Hs,Ht")
+    loss_options.add_argument("--dtype", nargs="+", default=[], choices=list(loss.ITEM_BYTES))
+    loss_options.add_argument(
+        "--divergence", nargs="+", default=[], choices=["forward_kl", "jsd", "reverse_kl"]
+    )
+    commands.add_parser("loss", parents=[shared, loss_options], help=_summary(loss))
+    commands.add_parser("all", parents=[shared, loss_options], help="every suite")
+    comparison = commands.add_parser("compare", help="what changed between two result files")
+    comparison.add_argument("before", metavar="A")
+    comparison.add_argument("after", metavar="B")
+    return parser
+
+
+def _summary(module: object) -> str:
+    return (module.__doc__ or "").partition("\n")[0].partition(": ")[2].rstrip(".")

@@ -1,0 +1,115 @@
+"""The nouns of the suite: a case is measured for each of its providers and gives one row each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Role = Literal["ours", "peer", "floor", "bound"]
+"""A floor is what the hardware needs for the job's indispensable part, and rows are stated in
+percent of it; a bound is a stricter figure, shown beside it and not divided by."""
+Status = Literal["ok", "cut", "failed", "unavailable"]
+
+
+class UnavailableError(Exception):
+    """Raised by a provider's entry that cannot run here; the message is the row's note."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do a case's job.
+
+    ``entry`` is ``"module:function"``; the function takes the case's params and returns a Trial.
+    It is imported only in the provider's own process, so a provider that cannot be imported loses
+    its row and nothing else. ``env`` is added to that process's environment.
+    """
+
+    name: str
+    entry: str
+    role: Role = "peer"
+    env: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One job of known size; ``params`` is JSON and all that a provider gets.
+
+    ``work`` is what one repetition does, in ``unit`` ("flop", "byte", "token", "message"), so that
+    rates and the percentage of the floor need only the time. ``worker_mib`` is about what one
+    provider's process holds: providers that do not fit into memory together run in groups.
+    ``setup_timeout_s`` bounds imports and the making of the inputs, ``warm_up_timeout_s`` the
+    compilation in the first step; neither counts in the time budget of the repetitions.
+    """
+
+    suite: str
+    name: str
+    params: Mapping[str, Any]
+    providers: tuple[Provider, ...]
+    work: float
+    unit: str
+    worker_mib: float = 512.0
+    setup_timeout_s: float = 120.0
+    warm_up_timeout_s: float = 120.0
+
+
+@dataclass
+class Trial:
+    """What a provider's entry returns: one prepared job, run once by each call of ``step``.
+
+    ``step`` returns nothing, and is then timed as a whole, or a mapping of further measures; the
+    key ``seconds`` in it replaces the time (a latency, say, or a part of the step). ``check`` gives
+    values that providers must agree on; ``gradient_bytes`` are those of the results the step must
+    leave behind, which the peak is stated without; ``note`` goes beside the row.
+    """
+
+    step: Callable[[], Mapping[str, float] | None]
+    check: Callable[[], Mapping[str, float]] | None = None
+    reset: Callable[[], None] | None = None
+    close: Callable[[], None] | None = None
+    gradient_bytes: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider's result for one case. Times in seconds, memory in MiB.
+
+    ``peak_mib`` is the highest memory of one step above the inputs and the gradients it returns;
+    ``kept_mib`` is what the process holds between steps beyond its state right after the inputs
+    were made (caches, code, compiled graphs). ``floor_percent`` is the floor's median over this
+    row's median, floor and row measured in the same run.
+    """
+
+    suite: str
+    case: str
+    params: Mapping[str, Any]
+    provider: str
+    role: Role
+    status: Status
+    note: str = ""
+    seconds: tuple[float, ...] = ()
+    median_s: float | None = None
+    p20_s: float | None = None
+    p80_s: float | None = None
+    work: float = 0.0
+    unit: str = ""
+    floor: str | None = None
+    floor_percent: float | None = None
+    peak_mib: float | None = None
+    kept_mib: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    check: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float | None:
+        """Work per second at the median time."""
+        return self.work / self.median_s if self.median_s else None
+
+    def as_json(self) -> dict[str, Any]:
+        return {"kind": "row", **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Row:
+        fields = {key: value for key, value in values.items() if key != "kind"}
+        return cls(**{**fields, "seconds": tuple(fields["seconds"])})

@@ -1,0 +1,162 @@
+"""Figures of a result file: bars for each case, lines where a parameter was swept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.model import Row
+from bench.output import by_case, format_mib, format_rate, format_seconds
+from bench.timing import quantile
+
+COLOURS = {"ours": "#d1495b", "peer": "#7d98b3", "floor": "#2e4057", "bound": "#9aa5b1"}
+SWEEP_POINTS = 3  # with fewer a line says nothing
+
+
+def png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def bars(rows: Sequence[Row]) -> Figure:
+    """For each case the median time with its p20..p80 and, where measured, the peak memory."""
+    cases = list(by_case(rows).values())
+    heights = [0.9 + 0.3 * len(case) for case in cases]
+    with_memory = any(row.peak_mib is not None for row in rows)
+    figure, grid = plt.subplots(
+        len(cases),
+        2 if with_memory else 1,
+        figsize=(11.0 if with_memory else 8.5, sum(heights) + 0.4),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, case in zip(grid, cases, strict=True):
+        _time_bars(axes[0], case)
+        if with_memory:
+            _memory_bars(axes[1], case)
+    return figure
+
+
+def _time_bars(axes: Axes, rows: Sequence[Row]) -> None:
+    floor = min((r.median_s for r in rows if r.role == "floor" and r.median_s), default=None)
+    longest = max((row.p80_s or 0.0 for row in rows), default=0.0)
+    shortest = min((row.median_s for row in rows if row.median_s), default=1.0)
+    if longest > 30 * shortest:
+        axes.set_xscale("log")
+    for position, row in enumerate(rows):
+        if row.median_s is None:
+            axes.text(shortest, position, f" {row.status}", va="center", color="#888888")
+            continue
+        low, high = quantile(row.seconds, 0.2), quantile(row.seconds, 0.8)
+        spread = [[row.median_s - low], [high - row.median_s]]
+        axes.barh(position, row.median_s, xerr=spread, color=COLOURS[row.role], ecolor="#333333")
+        label = f"  {format_seconds(row.median_s)}"
+        if row.unit in ("byte", "token"):
+            label += f" ({format_rate(row)})"
+        elif row.floor_percent is not None and row.role != "floor":
+            label += f" ({row.floor_percent:.0f}% of floor)"
+        axes.text(high, position, label, va="center", fontsize=8)
+    if floor is not None:
+        axes.axvline(floor, color=COLOURS["floor"], linestyle="--", linewidth=1)
+    axes.set_xlabel("median time, s" if rows[0].unit != "message" else "seconds")
+    _finish(axes, rows, title=rows[0].case, reach=1.45)
+
+
+def _memory_bars(axes: Axes, rows: Sequence[Row]) -> None:
+    for position, row in enumerate(rows):
+        if row.peak_mib is None or row.role in ("floor", "bound"):
+            continue
+        axes.barh(position, max(row.peak_mib, 0.0), color=COLOURS[row.role])
+        text = f"  {format_mib(row.peak_mib)} MiB"
+        axes.text(max(row.peak_mib, 0.0), position, text, va="center", fontsize=8)
+    axes.set_xlabel("peak memory, MiB")
+    _finish(axes, rows, title="", reach=1.25)
+
+
+def _finish(axes: Axes, rows: Sequence[Row], *, title: str, reach: float) -> None:
+    axes.set_yticks(range(len(rows)), [row.provider for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    low, high = axes.get_xlim()
+    if axes.get_xscale() == "log":
+        axes.set_xlim(low, high * (high / low) ** (reach - 1))
+    else:
+        axes.set_xlim(low, high * reach)
+
+
+def sweeps(rows: Sequence[Row]) -> list[tuple[str, Figure]]:
+    """A figure for every number that varies while all other params stay, with its name."""
+    figures = []
+    for name, group in _sweeps(rows):
+        with_memory = any(row.peak_mib is not None for row in group)
+        count = 2 if with_memory else 1
+        figure, grid = plt.subplots(
+            1, count, figsize=(5.5 * count, 3.6), squeeze=False, layout="constrained"
+        )
+        by_rate = group[0].unit in ("byte", "token")
+        _lines(grid[0][0], group, name, "rate" if by_rate else "median_s")
+        if with_memory:
+            _lines(grid[0][1], [r for r in group if r.role in ("ours", "peer")], name, "peak_mib")
+        figures.append((name, figure))
+    return figures
+
+
+def _sweeps(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    names = {name for row in rows for name, value in row.params.items() if _is_number(value)}
+    found = []
+    for name in sorted(names):
+        groups: dict[str, list[Row]] = {}
+        for row in rows:
+            others = sorted((k, v) for k, v in row.params.items() if k != name)
+            groups.setdefault(f"{row.suite} {others}", []).append(row)
+        for group in groups.values():
+            if len({row.params.get(name) for row in group}) >= SWEEP_POINTS:
+                found.append((name, group))
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _lines(axes: Axes, rows: Sequence[Row], name: str, measure: str) -> None:
+    for provider in dict.fromkeys(row.provider for row in rows):
+        line = [r for r in rows if r.provider == provider and getattr(r, measure) is not None]
+        if not line:
+            continue
+        line.sort(key=lambda row: row.params[name])
+        ours = line[0].role == "ours"
+        axes.plot(
+            [row.params[name] for row in line],
+            [getattr(row, measure) for row in line],
+            marker="o",
+            markersize=3,
+            linewidth=2.2 if ours else 1.2,
+            linestyle="--" if line[0].role in ("floor", "bound") else "-",
+            color=COLOURS["ours"] if ours else None,
+            label=provider,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel(name)
+    axes.set_ylabel(
+        {"rate": f"{rows[0].unit}s per second", "median_s": "median time, s"}.get(
+            measure, "peak memory, MiB"
+        )
+    )
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False)

@@ -1,0 +1,86 @@
+"""A result file as one HTML page without outside references, and its figures as PNG files."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import plots
+from bench.model import Row
+from bench.output import COLUMNS, by_case
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 72rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; }
+th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #e3e7ec;
+  vertical-align: top; }
+th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
+td { white-space: nowrap; } td:last-child { white-space: normal; color: #5b6675; }
+tr.ours { background: #fdf1f2; font-weight: 600; } tr.floor, tr.bound { color: #66717f; }
+img { max-width: 100%; } dl { display: grid; grid-template-columns: max-content auto; gap: 0 1rem; }
+dt { color: #66717f; } dd { margin: 0; }
+"""
+
+
+def write_report(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) -> Path:
+    """Write the page beside the result file, and the figures that it inlines as PNG files."""
+    sections = []
+    suites = list(dict.fromkeys(row.suite for row in rows))
+    for suite in suites:
+        of_suite = [row for row in rows if row.suite == suite]
+        stem = path.stem if len(suites) == 1 else f"{path.stem}-{suite}"
+        figures = [(stem, plots.bars(of_suite))]
+        figures += [(f"{stem}-{name}", figure) for name, figure in plots.sweeps(of_suite)]
+        images = []
+        for name, figure in figures:
+            image = plots.png(figure)
+            path.with_name(f"{name}.png").write_bytes(image)
+            images.append(_image(name, image))
+        tables = "".join(
+            f"<h3>{html.escape(name)}</h3>{_table(case)}"
+            for name, case in by_case(of_suite).items()
+        )
+        sections.append(f"<h2>{html.escape(suite)}</h2>{''.join(images)}{tables}")
+    page = path.with_suffix(".html")
+    page.write_text(
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>kdflow benchmarks</title>'
+        f"<style>{STYLE}</style><h1>kdflow benchmarks</h1>{_environment(environment)}"
+        f"{''.join(sections)}</html>\n"
+    )
+    return page
+
+
+def _image(name: str, image: bytes) -> str:
+    data = base64.b64encode(image).decode()
+    return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></p>'
+
+
+def _table(rows: Iterable[Row]) -> str:
+    head = "".join(f"<th>{name}</th>" for name, _ in COLUMNS)
+    body = "".join(
+        f'<tr class="{row.role}">'
+        + "".join(f"<td>{html.escape(text(row))}</td>" for _, text in COLUMNS)
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _environment(environment: Mapping[str, Any]) -> str:
+    items = []
+    for name, value in environment.items():
+        if name == "kind" or value is None:
+            continue
+        if isinstance(value, Mapping):
+            value = ", ".join(
+                f"{key} {json.dumps(part) if isinstance(part, list) else part}"
+                for key, part in value.items()
+            )
+        items.append(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>")
+    return f"<dl>{''.join(items)}</dl>"

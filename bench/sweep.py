@@ -1,0 +1,183 @@
+"""Runs a case: all providers alive at once, asked in turn, one repetition each.
+
+Interleaving spreads whatever the machine does meanwhile (clocks, neighbours, thermal limits) over
+all providers, so that ratios inside one run hold although the times drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from bench.client import WorkerClient, WorkerError
+from bench.environment import available_mib
+from bench.model import Case, Provider, Row, Status
+from bench.timing import quantile
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure. ``budget_s`` bounds one provider's repetitions in one case."""
+
+    reps: int = 5
+    budget_s: float = 30.0
+    num_threads: int = 1
+    measure_memory: bool = True
+
+
+@dataclass
+class _Lane:
+    """One provider on its way through a case; ``client`` is None once it has failed."""
+
+    provider: Provider
+    client: WorkerClient | None
+    status: Status = "ok"
+    notes: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    memory: dict[str, float] = field(default_factory=dict)
+    check: dict[str, float] = field(default_factory=dict)
+
+    def ask(self, do: str, *, timeout_s: float, **values: object) -> dict[str, float]:
+        """The worker's answer; a failure marks the lane and answers nothing."""
+        if self.client is None:
+            return {}
+        try:
+            return self.client.ask(do, timeout_s=timeout_s, **values)
+        except WorkerError as error:
+            self.client, self.status = None, error.status
+            self.notes.append(str(error))
+            return {}
+
+    def step(self, *, timeout_s: float) -> None:
+        if measures := self.ask("step", timeout_s=timeout_s):
+            self.seconds.append(measures.pop("seconds"))
+            self.metrics.append(measures)
+
+    def close(self) -> None:
+        if self.client is not None:
+            self.client.close()
+
+
+def run_case(case: Case, settings: Settings, *, say: Callable[[str], None]) -> list[Row]:
+    """Measure every provider of ``case``; a provider that fails keeps a row that says why."""
+    groups = _groups(case)
+    rows: dict[str, Row] = {}
+    for index, group in enumerate(groups):
+        if len(groups) > 1:
+            say(f"{case.name}: group {index + 1} of {len(groups)}, for want of memory")
+        for row in _run_group(case, group, settings, say):
+            rows.setdefault(row.provider, row)
+    return [rows[provider.name] for provider in case.providers]
+
+
+def _groups(case: Case) -> list[Sequence[Provider]]:
+    """The providers in groups whose processes fit into memory together, floors in each."""
+    fits = max(2, int(0.8 * available_mib() / case.worker_mib))
+    if len(case.providers) <= fits:
+        return [case.providers]
+    floors = [provider for provider in case.providers if provider.role == "floor"][: fits - 1]
+    others = [provider for provider in case.providers if provider not in floors]
+    size = fits - len(floors)
+    return [floors + others[start : start + size] for start in range(0, len(others), size)]
+
+
+def _run_group(
+    case: Case, providers: Sequence[Provider], settings: Settings, say: Callable[[str], None]
+) -> list[Row]:
+    lanes: list[_Lane] = []
+    try:
+        for provider in providers:
+            say(f"{case.name}: starting {provider.name}")
+            client = WorkerClient(provider, num_threads=settings.num_threads)
+            lanes.append(_Lane(provider, client))
+            _start(lanes[-1], case, settings)
+        for rep in range(settings.reps):
+            # Each round starts with another provider, so none always follows the same neighbour.
+            first = rep % len(lanes)
+            for lane in lanes[first:] + lanes[:first]:
+                if _has_time(lane, settings):
+                    say(f"{case.name}: {lane.provider.name} {rep + 1}/{settings.reps}")
+                    lane.step(timeout_s=2 * settings.budget_s)
+        for lane in lanes:
+            say(f"{case.name}: memory and check of {lane.provider.name}")
+            if settings.measure_memory:
+                lane.memory = lane.ask("memory", timeout_s=60 + 4 * settings.budget_s)
+            lane.check = lane.ask("check", timeout_s=60 + settings.budget_s)
+    finally:
+        for lane in lanes:
+            lane.close()
+    return _with_floor([_row(case, lane) for lane in lanes])
+
+
+def _start(lane: _Lane, case: Case, settings: Settings) -> None:
+    answer = lane.ask(
+        "setup",
+        timeout_s=case.setup_timeout_s,
+        entry=lane.provider.entry,
+        params=dict(case.params),
+    )
+    if note := answer.get("note"):
+        lane.notes.append(str(note))
+    # The first step also loads code, compiles and fills caches: it is thrown away, unless the
+    # provider is so slow that it is all that the budget allows.
+    lane.step(timeout_s=case.warm_up_timeout_s + settings.budget_s)
+    if lane.seconds and lane.seconds[0] <= settings.budget_s:
+        lane.seconds.clear()
+        lane.metrics.clear()
+    elif lane.seconds:
+        lane.notes.append("one repetition, not warmed up, for its time budget")
+
+
+def _has_time(lane: _Lane, settings: Settings) -> bool:
+    if lane.client is None:
+        return False
+    spent = sum(measures.get("wall_s", lane.seconds[i]) for i, measures in enumerate(lane.metrics))
+    return not spent or spent * (1 + 1 / len(lane.seconds)) <= settings.budget_s
+
+
+def _row(case: Case, lane: _Lane) -> Row:
+    seconds = lane.seconds
+    row = Row(
+        suite=case.suite,
+        case=case.name,
+        params=dict(case.params),
+        provider=lane.provider.name,
+        role=lane.provider.role,
+        status=lane.status,
+        note="; ".join(lane.notes),
+        work=case.work,
+        unit=case.unit,
+        check=lane.check,
+        peak_mib=lane.memory.get("peak_mib"),
+        kept_mib=lane.memory.get("kept_mib"),
+    )
+    if not seconds:
+        return row
+    names = {name for measures in lane.metrics for name in measures} - {"wall_s"}
+    return replace(
+        row,
+        seconds=tuple(seconds),
+        median_s=quantile(seconds, 0.5),
+        p20_s=quantile(seconds, 0.2),
+        p80_s=quantile(seconds, 0.8),
+        metrics={
+            name: quantile([measures[name] for measures in lane.metrics if name in measures], 0.5)
+            for name in sorted(names)
+        },
+    )
+
+
+def _with_floor(rows: list[Row]) -> list[Row]:
+    """Every row beside the fastest floor of its case."""
+    floors = [row for row in rows if row.role == "floor" and row.median_s]
+    if not floors:
+        return rows
+    floor = min(floors, key=lambda row: row.median_s or 0.0)
+    assert floor.median_s is not None
+    return [
+        replace(row, floor=floor.provider, floor_percent=100 * floor.median_s / row.median_s)
+        if row.median_s
+        else row
+        for row in rows
+    ]

@@ -1,0 +1,99 @@
+"""One provider's process: ``python -m bench.worker``, JSON lines in on stdin and out on stdout.
+
+    {"do": "setup", "entry": "module:function", "params": {...}}   -> {"note": ...}
+    {"do": "step"}                                                 -> {"seconds": ..., ...}
+    {"do": "memory"}                                               -> {"peak_mib", "kept_mib"}
+    {"do": "check"}                                                -> values to agree on
+
+A failure answers ``{"error": ..., "unavailable": bool}``. What libraries print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from bench.environment import scrub
+from bench.memory import MIB, peak_of, resident_mib, settle
+from bench.model import Trial, UnavailableError
+from bench.timing import time_step
+
+
+class Worker:
+    def __init__(self) -> None:
+        self.trial: Trial | None = None
+        self.device = "cpu"
+        self.resident_after_setup = 0.0
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        match request["do"]:
+            case "setup":
+                return self.setup(request["entry"], request["params"])
+            case "step":
+                self._reset()
+                return time_step(self._step, device=self.device)
+            case "memory":
+                return self.memory()
+            case "check":
+                assert self.trial is not None
+                return dict(self.trial.check()) if self.trial.check else {}
+            case other:
+                raise AssertionError(f"unknown request {other!r}")
+
+    def setup(self, entry: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        module, _, function = entry.partition(":")
+        self.device = params.get("device", "cpu")
+        self.trial = getattr(importlib.import_module(module), function)(params)
+        assert isinstance(self.trial, Trial)
+        self.resident_after_setup = resident_mib()
+        return {"note": self.trial.note}
+
+    def memory(self) -> dict[str, float]:
+        assert self.trial is not None
+        self._reset()
+        settle()
+        kept = resident_mib() - self.resident_after_setup
+        peak = peak_of(self.trial.step, device=self.device)
+        return {"peak_mib": peak - self.trial.gradient_bytes / MIB, "kept_mib": kept}
+
+    def _step(self) -> Mapping[str, float] | None:
+        assert self.trial is not None
+        return self.trial.step()
+
+    def _reset(self) -> None:
+        if self.trial is not None and self.trial.reset is not None:
+            self.trial.reset()
+
+    def close(self) -> None:
+        if self.trial is not None and self.trial.close is not None:
+            self.trial.close()
+
+
+def main() -> None:
+    # The answers keep the real stdout to themselves; everything else that prints gets stderr.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    worker = Worker()
+    try:
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                reply = worker.answer(request)
+            # Any failure of any provider must become its row's note, so this catches everything.
+            except Exception as error:
+                unavailable = isinstance(error, (ImportError, UnavailableError))
+                text = scrub(f"{type(error).__name__}: {error}".splitlines()[0])
+                reply = {"error": text[:300], "unavailable": unavailable}
+                traceback.print_exc()
+            print(json.dumps(reply), file=answers, flush=True)
+    finally:
+        worker.close()
+
+
+if __name__ == "__main__":
+    main()

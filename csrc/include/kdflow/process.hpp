@@ -1,0 +1,136 @@
+// Is that process still the one we knew? pidfd where the kernel has it, start time to tell a reused
+// pid.
+#pragma once
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <optional>
+#include <string>
+
+#include "kdflow/layout.hpp"
+#include "kdflow/segment.hpp"
+
+namespace kdflow {
+
+struct ProcessStat {
+  char state;
+  std::uint64_t start_time;
+  bool running() const { return state != 'Z' && state != 'X'; }
+};
+
+// nullopt: there is no such process.
+inline std::optional<ProcessStat> process_stat(std::int32_t pid) {
+  const std::string path = "/proc/" + std::to_string(pid) + "/stat";
+  const UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!fd) return std::nullopt;
+  char text[1024];
+  const ssize_t size = ::read(fd.get(), text, sizeof text - 1);
+  if (size <= 0) return std::nullopt;
+  text[size] = '\0';
+  // "pid (name) state ppid ...": the name may hold anything, so count fields from the last
+  // parenthesis; field 22.
+  const char* cursor = std::strrchr(text, ')');
+  if (cursor == nullptr || cursor[1] != ' ') return std::nullopt;
+  const char state = cursor[2];
+  for (int field = 2; field < 22 && cursor != nullptr; ++field)
+    cursor = std::strchr(cursor + 1, ' ');
+  if (cursor == nullptr) return std::nullopt;
+  return ProcessStat{state, std::strtoull(cursor, nullptr, 10)};
+}
+
+inline std::uint64_t pid_namespace() {
+  struct stat status{};
+  return ::stat("/proc/self/ns/pid", &status) == 0 ? static_cast<std::uint64_t>(status.st_ino) : 0;
+}
+
+enum class Role : std::uint8_t { producer = 1, consumer = 2 };
+
+constexpr const char* to_string(Role role) {
+  return role == Role::producer ? "producer" : "consumer";
+}
+constexpr Role other(Role role) { return role == Role::producer ? Role::consumer : Role::producer; }
+
+// One word a peer: bit 0-1 state, 2-3 role, 4-31 epoch (never used twice), 32-63 pid.
+class PeerIdentity {
+ public:
+  enum class State : std::uint8_t { free, claiming, live };
+
+  constexpr explicit PeerIdentity(std::uint64_t word = 0) : word_(word) {}
+  constexpr std::uint64_t word() const { return word_; }
+  constexpr bool valid() const { return (word_ & 3) < 3; }
+  constexpr State state() const { return static_cast<State>(word_ & 3); }
+  constexpr bool is_free() const { return state() == State::free; }
+  constexpr Role role() const { return static_cast<Role>((word_ >> 2) & 3); }
+  constexpr std::int32_t pid() const { return static_cast<std::int32_t>(word_ >> 32); }
+  constexpr bool operator==(const PeerIdentity&) const = default;
+
+  constexpr PeerIdentity claimed(Role role, std::int32_t pid) const {
+    return PeerIdentity((word_ & kEpoch) | 1 | (static_cast<std::uint64_t>(role) << 2) |
+                        (static_cast<std::uint64_t>(static_cast<std::uint32_t>(pid)) << 32));
+  }
+  constexpr PeerIdentity live() const { return PeerIdentity((word_ & ~std::uint64_t{3}) | 2); }
+  constexpr PeerIdentity freed() const { return PeerIdentity(((word_ & kEpoch) + 0x10) & kEpoch); }
+
+ private:
+  static constexpr std::uint64_t kEpoch = 0xfffffff0;
+  std::uint64_t word_;
+};
+
+// Watches the processes behind a peer table. Thread-safe; only slow paths come here.
+class ProcessWatch {
+ public:
+  bool alive(std::size_t index, PeerIdentity identity, std::uint64_t start_time) {
+    const std::int32_t pid = identity.pid();
+    if (pid == self_pid_) return start_time == 0 || start_time == self_start_;
+    if (pid <= 0) return false;
+    // A start time of 0: the peer is still attaching, its pid is all we know.
+    const bool known = identity.state() == PeerIdentity::State::live && start_time != 0;
+    const std::scoped_lock lock(mutex_);
+    Watched& watched = watched_[index];
+    if (watched.identity != identity) {
+      watched = Watched{identity, UniqueFd(open_pidfd(pid))};
+      if (!watched.pidfd && errno == ESRCH) return false;
+      // The pidfd first, then the start time: the pid cannot change hands in between.
+      const auto stat = process_stat(pid);
+      if (!stat || (known && stat->start_time != start_time)) {
+        watched = Watched{PeerIdentity(), UniqueFd()};
+        return false;
+      }
+    }
+    if (watched.pidfd) {
+      pollfd poll{watched.pidfd.get(), POLLIN, 0};
+      return ::poll(&poll, 1, 0) <= 0;
+    }
+    const auto stat = process_stat(pid);  // no pidfd: old kernel, a sandbox, or no descriptor left
+    return stat && stat->running() && (!known || stat->start_time == start_time);
+  }
+
+  std::int32_t self_pid() const { return self_pid_; }
+  std::uint64_t self_start() const { return self_start_; }
+
+ private:
+  struct Watched {
+    PeerIdentity identity;
+    UniqueFd pidfd;
+  };
+
+  static int open_pidfd(std::int32_t pid) {
+    return static_cast<int>(::syscall(SYS_pidfd_open, pid, 0));
+  }
+
+  std::int32_t self_pid_ = ::getpid();
+  std::uint64_t self_start_ = process_stat(::getpid()).value_or(ProcessStat{}).start_time;
+  std::mutex mutex_;
+  std::array<Watched, kMaxPeers> watched_;
+};
+
+}  // namespace kdflow

@@ -1,0 +1,210 @@
+"""Requests one way, hidden states the other: the channel between student and teacher.
+
+A student rank owns one data ring and sends into the one request ring that all ranks and all
+teacher workers share. It asks for microbatch k only when slot k % num_slots is free, so a
+teacher never waits for room, may answer in any order, and the slots are the prefetch window.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdflow.errors import PeerDied, RingCorrupt, RingTimeout
+from kdflow.transport.ring import HiddenRing, ReadSlot, RequestRing
+from kdflow.types import Microbatch
+
+if TYPE_CHECKING:
+    import torch
+
+# magic, rank, ticket, T tokens, B samples, N loss rows; then T + B + N int32.
+_HEADER = struct.Struct("<4sIQIII")
+_MAGIC = b"KDRQ"
+
+
+@dataclass(frozen=True)
+class PrefillRequest:
+    """Hidden states of these rows, please, into slot `ticket` of ring `rank`."""
+
+    rank: int
+    ticket: int
+    microbatch: Microbatch
+
+    def encode(self) -> bytes:
+        m = self.microbatch
+        header = _HEADER.pack(
+            _MAGIC,
+            self.rank,
+            self.ticket,
+            m.num_tokens,
+            len(m.sequence_lengths),
+            m.num_loss_tokens,
+        )
+        lengths = np.asarray(m.sequence_lengths, np.int32)
+        return b"".join((header, m.input_ids.tobytes(), lengths.tobytes(), m.loss_rows.tobytes()))
+
+    @staticmethod
+    def decode(payload: bytes) -> PrefillRequest:
+        """Reads a request; its numbers are not trusted.
+
+        Raises:
+            RingCorrupt: they do not fit the payload or one another.
+        """
+        if len(payload) < _HEADER.size:
+            raise RingCorrupt(f"request of {len(payload)} bytes is shorter than its header")
+        magic, rank, ticket, num_tokens, num_samples, num_rows = _HEADER.unpack_from(payload)
+        counts = (num_tokens, num_samples, num_rows)
+        if magic != _MAGIC or len(payload) != _HEADER.size + 4 * sum(counts):
+            raise RingCorrupt(f"request of {len(payload)} bytes announces {counts} numbers")
+        numbers = np.frombuffer(payload, np.int32, offset=_HEADER.size)
+        input_ids, lengths, rows = np.split(numbers, (num_tokens, num_tokens + num_samples))
+        if (lengths < 1).any() or lengths.sum() != num_tokens:
+            raise RingCorrupt(f"request: sample lengths do not add up to {num_tokens} tokens")
+        if num_rows and (rows.min() < 0 or rows.max() >= num_tokens):
+            raise RingCorrupt(f"request: loss rows outside its {num_tokens} tokens")
+        return PrefillRequest(rank, ticket, Microbatch(input_ids, tuple(lengths.tolist()), rows))
+
+
+def request_bytes(num_tokens: int) -> int:
+    """Largest encoded request of a microbatch with `num_tokens` tokens."""
+    return _HEADER.size + 4 * 3 * num_tokens
+
+
+class PendingRows:
+    """Hidden states that were asked for; a context manager that frees their slot.
+
+    Attributes:
+        microbatch: whose loss rows they are.
+    """
+
+    def __init__(self, microbatch: Microbatch, receive: Callable[[], ReadSlot]) -> None:
+        self.microbatch = microbatch
+        self._receive = receive
+        self._slot: ReadSlot | None = None
+
+    def tensor(self) -> torch.Tensor:
+        """(N, H) view into the ring, valid until the block ends; the first call waits for it.
+
+        Raises:
+            PeerDied: the teacher died over it.
+            RingTimeout: it took longer than the channel's timeout.
+        """
+        return self._received().tensor()
+
+    @property
+    def prefill_s(self) -> float:
+        """How long the teacher worked on it, seconds."""
+        return self._received().tag * 1e-9
+
+    def _received(self) -> ReadSlot:
+        if self._slot is None:
+            self._slot = self._receive().__enter__()
+        return self._slot
+
+    def __enter__(self) -> PendingRows:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._slot is not None or error is None:
+            self._received().__exit__(kind, error, trace)
+
+
+class HiddenStatesClient:
+    """The student's end: asks ahead and hands over views.
+
+    Args:
+        requests: ring that every teacher worker reads.
+        hidden: the data ring of this rank.
+        rank: tells the teacher which data ring to answer into.
+        timeout_s: longest wait for one answer or for room to ask, seconds.
+    """
+
+    def __init__(
+        self, requests: RequestRing, hidden: HiddenRing, *, rank: int, timeout_s: float
+    ) -> None:
+        self._requests = requests
+        self._hidden = hidden
+        self._rank = rank
+        self._timeout_s = timeout_s
+        self._next_ticket = 0
+
+    def prefetch(self, microbatches: Iterable[Microbatch]) -> Iterator[PendingRows]:
+        """Yields the microbatches in order, with requests for the next ones already sent.
+
+        Each must be released (leave its `with` block) before the next is taken.
+        """
+        pending: deque[PendingRows] = deque()
+        for microbatch in microbatches:
+            while pending and not self._hidden.is_free(self._next_ticket):
+                yield pending.popleft()
+            pending.append(self._request(microbatch))
+        yield from pending
+
+    def _request(self, microbatch: Microbatch) -> PendingRows:
+        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+        request = PrefillRequest(self._rank, ticket, microbatch)
+        self._requests.send(request.encode(), timeout_s=self._timeout_s)
+        return PendingRows(
+            microbatch, lambda: self._hidden.receive(ticket, timeout_s=self._timeout_s)
+        )
+
+
+class HiddenStatesServer:
+    """A teacher worker's end: takes requests and gives each its slot.
+
+    Args:
+        requests: ring that every student rank writes.
+        hidden: the data ring of each rank.
+        timeout_s: longest wait for a slot, seconds.
+    """
+
+    def __init__(
+        self, requests: RequestRing, hidden: dict[int, HiddenRing], *, timeout_s: float
+    ) -> None:
+        self._requests = requests
+        self._hidden = hidden
+        self._timeout_s = timeout_s
+
+    def serve(
+        self,
+        hidden_size: int,
+        dtype: torch.dtype,
+        prefill: Callable[[Microbatch, torch.Tensor], float],
+        *,
+        idle: Callable[[], None],
+    ) -> None:
+        """Answers requests until every student has left.
+
+        Args:
+            prefill: writes the rows of a microbatch into `out` (N, hidden_size) and returns the
+                seconds it took. Its exception aborts the slot, of which the student is told.
+            idle: called about once a second while nothing comes.
+        """
+        while True:
+            try:
+                message = self._requests.lease(timeout_s=1.0)
+            except RingTimeout:
+                idle()
+                continue
+            except PeerDied:
+                return
+            # The request stays in the ring until its slot is ours: a worker that dies before
+            # leaves it to another one, a worker that dies after leaves an abandoned slot.
+            with message:
+                request = PrefillRequest.decode(bytes(message.buffer()))
+                ring = self._hidden[request.rank]
+                slot = ring.reserve(request.ticket, timeout_s=self._timeout_s)
+            with slot:
+                rows = slot.tensor((request.microbatch.num_loss_tokens, hidden_size), dtype)
+                slot.tag = round(prefill(request.microbatch, rows) * 1e9)

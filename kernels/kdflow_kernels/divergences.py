@@ -16,7 +16,6 @@ Add one from any file::
             return (root_p - root_q).square(), root_q * (root_q - root_p)
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import ClassVar, TypeVar
@@ -30,13 +29,10 @@ class Divergence:
 
     Class attributes:
         name: registered name, set by ``register_divergence``.
-        derivative_sum: sum over the vocabulary of df/dlog q where it is the same number for every p and q
-            (forward KL: -1). The torch backend then needs one pass over a block less. None: not constant.
         jit_pointwise: ``pointwise`` as a Triton JIT function. None: the Triton backend leaves this divergence to torch.
     """
 
     name: ClassVar[str] = ""
-    derivative_sum: ClassVar[float | None] = None
     jit_pointwise: ClassVar[object | None] = None
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,6 +41,12 @@ class Divergence:
         Shapes: log_p, log_q (..., V), log-probabilities in nats. Returns (f, df/dlog q), both (..., V).
         """
         raise NotImplementedError
+
+    def terms(
+        self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``pointwise`` for a caller that has the probabilities at hand; override it to save their exp."""
+        return self.pointwise(log_p, log_q)
 
     def rows(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """The divergence of each row, differentiable in log_q.
@@ -117,35 +119,50 @@ def _check_open_unit(name: str, parameter: str, value: float) -> None:
         raise ValueError(f"{name}: {parameter} must lie strictly between 0 and 1, got {value}")
 
 
-@register_divergence("forward_kl")
-@dataclass(frozen=True)
-class ForwardKL(Divergence):
-    """KL(p || q) = sum p (log p - log q): covers the teacher's modes."""
-
-    derivative_sum: ClassVar[float | None] = -1.0
+class _OfProbabilities(Divergence):
+    """Base of those written in p, q and their logarithms."""
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        p = log_p.exp()
+        return self.terms(log_p.exp(), log_q.exp(), log_p, log_q)
+
+
+def _log_mixture(share: float, a: Tensor, b: Tensor) -> Tensor:
+    """log(share a + (1 - share) b); where both vanish any number will do, for a and b multiply it."""
+    return (share * a + (1.0 - share) * b).clamp(min=torch.finfo(a.dtype).tiny).log()
+
+
+def _share(weight: float, a: Tensor, other_weight: float, b: Tensor) -> Tensor:
+    """weight a / (weight a + other_weight b), 0 where both vanish."""
+    part = weight * a
+    return part / (part + other_weight * b).clamp(min=torch.finfo(a.dtype).tiny)
+
+
+@register_divergence("forward_kl")
+@dataclass(frozen=True)
+class ForwardKL(_OfProbabilities):
+    """KL(p || q) = sum p (log p - log q): covers the teacher's modes."""
+
+    def terms(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         return p * (log_p - log_q), -p
 
 
 @register_divergence("reverse_kl")
 @dataclass(frozen=True)
-class ReverseKL(Divergence):
+class ReverseKL(_OfProbabilities):
     """KL(q || p) = sum q (log q - log p): seeks the teacher's modes."""
 
-    def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        q = log_q.exp()
+    def terms(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         f = q * (log_q - log_p)
         return f, f + q
 
 
 @register_divergence("jsd")
 @dataclass(frozen=True)
-class JSD(Divergence):
+class JSD(_OfProbabilities):
     """Generalised Jensen-Shannon: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
 
-    beta = 0 is forward KL and beta = 1 reverse KL, the convention of TRL and Liger. Source: arXiv 2306.13649 (GKD).
+    beta = 0 is forward KL and beta = 1 reverse KL, the convention of TRL and Liger.
+    Source: arXiv 2306.13649 (GKD).
     """
 
     beta: float = 0.5
@@ -154,20 +171,20 @@ class JSD(Divergence):
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"jsd: beta must lie in [0, 1], got {self.beta}")
 
-    def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         if self.beta == 0.0:
-            return ForwardKL().pointwise(log_p, log_q)
+            return ForwardKL().terms(p, q, log_p, log_q)
         if self.beta == 1.0:
-            return ReverseKL().pointwise(log_p, log_q)
-        log_m = torch.logaddexp(log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
+            return ReverseKL().terms(p, q, log_p, log_q)
+        log_m = _log_mixture(self.beta, p, q)
         # dm/dlog q = (1 - beta) q makes the other two terms of the derivative cancel.
-        g = (1.0 - self.beta) * log_q.exp() * (log_q - log_m)
-        return self.beta * log_p.exp() * (log_p - log_m) + g, g
+        g = (1.0 - self.beta) * q * (log_q - log_m)
+        return self.beta * p * (log_p - log_m) + g, g
 
 
 @register_divergence("skewed_forward_kl")
 @dataclass(frozen=True)
-class SkewedForwardKL(Divergence):
+class SkewedForwardKL(_OfProbabilities):
     """KL(p || alpha p + (1 - alpha) q). Source: arXiv 2402.03898 (DistiLLM)."""
 
     alpha: float = 0.1
@@ -175,16 +192,14 @@ class SkewedForwardKL(Divergence):
     def __post_init__(self) -> None:
         _check_open_unit("skewed_forward_kl", "alpha", self.alpha)
 
-    def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        log_kept = log_q + math.log1p(-self.alpha)
-        log_m = torch.logaddexp(log_p + math.log(self.alpha), log_kept)
-        p = log_p.exp()
-        return p * (log_p - log_m), -p * (log_kept - log_m).exp()
+    def terms(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        log_m = _log_mixture(self.alpha, p, q)
+        return p * (log_p - log_m), -p * _share(1.0 - self.alpha, q, self.alpha, p)
 
 
 @register_divergence("skewed_reverse_kl")
 @dataclass(frozen=True)
-class SkewedReverseKL(Divergence):
+class SkewedReverseKL(_OfProbabilities):
     """KL(q || alpha q + (1 - alpha) p). Source: arXiv 2402.03898 (DistiLLM)."""
 
     alpha: float = 0.1
@@ -192,34 +207,28 @@ class SkewedReverseKL(Divergence):
     def __post_init__(self) -> None:
         _check_open_unit("skewed_reverse_kl", "alpha", self.alpha)
 
-    def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        log_kept = log_q + math.log(self.alpha)
-        log_m = torch.logaddexp(log_kept, log_p + math.log1p(-self.alpha))
-        q = log_q.exp()
-        f = q * (log_q - log_m)
-        return f, f + q * (1.0 - (log_kept - log_m).exp())
+    def terms(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        f = q * (log_q - _log_mixture(self.alpha, q, p))
+        return f, f + q * _share(1.0 - self.alpha, p, self.alpha, q)
 
 
 @register_divergence("tvd")
 @dataclass(frozen=True)
-class TVD(Divergence):
+class TVD(_OfProbabilities):
     """Total variation 0.5 sum |p - q|; its subgradient at p = q is 0."""
 
-    def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        q = log_q.exp()
-        difference = q - log_p.exp()
+    def terms(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        difference = q - p
         return 0.5 * difference.abs(), 0.5 * difference.sign() * q
 
 
 @register_divergence("jeffreys")
 @dataclass(frozen=True)
-class Jeffreys(Divergence):
+class Jeffreys(_OfProbabilities):
     """KL(p || q) + KL(q || p) = sum (p - q)(log p - log q)."""
 
-    def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        q = log_q.exp()
-        p_minus_q = log_p.exp() - q
-        log_ratio = log_p - log_q
+    def terms(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        p_minus_q, log_ratio = p - q, log_p - log_q
         return p_minus_q * log_ratio, -(q * log_ratio + p_minus_q)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdflow_kernels import reference, torch_rows, validation
+from kdflow_kernels import reference, torch_backend, validation
 from kdflow_kernels.divergences import Divergence
 from kdflow_kernels.problem import GradientNeeds, Head, Problem, RowTerms
 
@@ -256,7 +256,7 @@ class _ChunkedLoss(torch.autograd.Function):
         )
         problem = dataclasses.replace(problem, student=student)
         formed_here = needs if not per_row else GradientNeeds(False, False, False)
-        terms, gradients = torch_rows.run(problem, formed_here)
+        terms, gradients = torch_backend.run(problem, formed_here)
         results.append(terms)
         if needs:
             ctx.save_for_backward(student_input, student_weight, student_bias)
@@ -268,17 +268,23 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        _ = ctx.saved_tensors  # raises if an input was changed in place since the forward
+        tensors = ctx.saved_tensors  # raises if an input was changed in place since the forward
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             # A loss per row, or a second backward through a retained graph: form them now.
             problem = dataclasses.replace(ctx.problem, row_scale=ctx.problem.row_scale * grad_loss)
-            _, gradients = torch_rows.run(problem, ctx.needs)
+            _, gradients = torch_backend.run(problem, ctx.needs)
         elif grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
             for gradient in (gradients.input, gradients.weight, gradients.bias):
                 if gradient is not None:
                     gradient.mul_(grad_loss)
-        return gradients.input, gradients.weight, gradients.bias, None, None, None, None
+        gradients = [
+            None if gradient is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(
+                (gradients.input, gradients.weight, gradients.bias), tensors, strict=True
+            )
+        ]
+        return *gradients, None, None, None, None
 
 
 class FusedKDLoss(nn.Module):

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from kdflow_kernels.divergences import Divergence
 
+# A bias of -inf masks a token. This low its probability is 0 and its log-probability still a number, so that
+# 0 * log-probability is 0.
+LOWEST_LOGIT = -1e30
+
 
 @dataclass(frozen=True)
 class Head:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kdflow_kernels.problem import Head, Problem, RowTerms
+from kdflow_kernels.problem import LOWEST_LOGIT, Head, Problem, RowTerms
 
 
 def logits(head: Head) -> Tensor:
@@ -11,7 +11,7 @@ def logits(head: Head) -> Tensor:
     dtype = torch.promote_types(head.input.dtype, torch.float32)
     z = head.input.to(dtype) @ head.weight.to(dtype).T
     if head.bias is not None:
-        z = z + head.bias.to(dtype)
+        z = (z + head.bias.to(dtype)).clamp(min=LOWEST_LOGIT)
     z = z * head.logit_scale
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)

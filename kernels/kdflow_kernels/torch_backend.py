@@ -1,0 +1,372 @@
+"""The chunked algorithm in torch: CPU, and the fallback on any device.
+
+The head is cut into tiles of columns, the rows into groups, a group's rows into chunks. For each group:
+
+1. the student's logits, a tile of the head at a time, each into the tile's block of memory;
+2. for each chunk of rows the teacher's logits, then ``torch_rows`` turns the student's into dloss/dlogits in place;
+3. a tile of the head at a time: dH += dz W_tile and dW_tile = dz^T H.
+
+So a weight of the student is read (and, where the CPU is slow in its dtype, converted) twice a group, not three times a
+chunk. And the blocks cost little: until a tile's dW is written, its memory is free. Up to Hs rows of logits live there;
+see ``_blocks``.
+
+Shape suffixes: n rows of a group, c rows of a chunk, r rows of a row step, V columns in the order they are processed (the
+K compared ones first), w columns of a tile, H hidden size.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from kdflow_kernels import torch_rows
+from kdflow_kernels.problem import (
+    LOWEST_LOGIT,
+    GradientNeeds,
+    Gradients,
+    Head,
+    Problem,
+    RowTerms,
+)
+
+TILE_COLUMNS = 2048
+CHUNK_ROWS = 128
+# Rows of student logits kept outside the weight gradient's memory, in chunks.
+SCRATCH_CHUNKS = 4
+# Numbers in a buffer of the row step, per thread: about eight such buffers should fit in the thread's share of cache.
+ROW_STEP_NUMBERS = 2**18
+
+
+def run(problem: Problem, needs: GradientNeeds) -> tuple[RowTerms, Gradients]:
+    """Row terms and the gradients needed.
+
+    Gradients come in the student's dtype, but in fp32 for fp16: a loss scale applied later must still find them.
+    """
+    return _Run(problem, needs).run()
+
+
+def multiply_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype matrix products run in: ``dtype`` where the device is fast in it, else fp32.
+
+    fp16 always goes to fp32: the gradients of a mean over many rows underflow in it.
+    """
+    if dtype == torch.bfloat16:
+        fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return _storage_dtype(dtype)
+
+
+def _storage_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Columns start to stop; tokens picks their rows of the head's weight."""
+
+    start: int
+    stop: int
+    tokens: slice | Tensor
+
+    @property
+    def width(self) -> int:
+        return self.stop - self.start
+
+
+def _tiles(num_columns: int, order: Tensor | None) -> list[_Tile]:
+    """Tiles over the first num_columns columns; order (V,) is the token of each column, None: column = token."""
+    tiles = []
+    for start in range(0, num_columns, TILE_COLUMNS):
+        columns = slice(start, min(start + TILE_COLUMNS, num_columns))
+        tiles.append(_Tile(columns.start, columns.stop, columns if order is None else order[columns]))
+    return tiles
+
+
+class _TiledHead:
+    """A head whose logits are made a tile at a time."""
+
+    def __init__(self, head: Head, accumulate: torch.dtype) -> None:
+        self.head, self.accumulate = head, accumulate
+        self.multiply = multiply_dtype(head.weight.dtype, head.weight.device)
+        self.storage = _storage_dtype(head.weight.dtype)
+
+    def hidden(self, rows: slice) -> Tensor:
+        return self.head.input[rows].to(self.multiply)
+
+    def weight(self, tile: _Tile) -> Tensor:
+        return self.head.weight[tile.tokens].to(self.multiply)
+
+    def write_logits(self, hidden: Tensor, tile: _Tile, out: Tensor) -> None:
+        """softcap(logit_scale * (hidden @ weight.T + bias)) of a tile into out (n, w)."""
+        head, weight = self.head, self.weight(tile)
+        if head.is_plain and self.multiply == out.dtype:
+            torch.mm(hidden, weight.T, out=out)
+            return
+        z = torch.mm(hidden, weight.T).to(self.accumulate)
+        if head.bias is not None:
+            z.add_(head.bias[tile.tokens]).clamp_(min=LOWEST_LOGIT)
+        if head.logit_scale != 1.0:
+            z.mul_(head.logit_scale)
+        if head.softcap is not None:
+            z.div_(head.softcap).tanh_().mul_(head.softcap)
+        out.copy_(z)
+
+
+class _Run:
+    def __init__(self, problem: Problem, needs: GradientNeeds) -> None:
+        self.problem, self.needs = problem, needs
+        head = problem.student
+        self.num_rows, self.hidden_size = head.input.shape
+        self.accumulate = torch.promote_types(head.weight.dtype, torch.float32)
+        self.student = _TiledHead(head, self.accumulate)
+        order, self.labels = _column_order(problem)
+        # Cross-entropy reads the student's whole head; without it only the compared columns are ever touched.
+        self.num_columns = problem.num_compared if problem.labels is None else head.weight.shape[0]
+        self.num_grad_columns = problem.num_compared if problem.ce_weight == 0.0 else self.num_columns
+        self.tiles = _tiles(self.num_columns, order)
+        if problem.teacher is not None:
+            self.teacher = _TiledHead(problem.teacher, self.accumulate)
+            self.teacher_tiles = _tiles(problem.num_compared, problem.teacher.token_ids)
+
+        self.filtering = bool(needs) and problem.grad_filter_eps > 0.0
+        self.chunk_size = min(problem.chunk_size or CHUNK_ROWS, max(self.num_rows, 1))
+        scratch_rows = SCRATCH_CHUNKS * self.chunk_size
+        self.in_place = (
+            needs.weight
+            and order is None
+            and not self.filtering
+            and 0 < self.num_rows <= self.hidden_size + scratch_rows
+        )
+        group_size = self.chunk_size if self.filtering else self.num_rows if self.in_place else scratch_rows
+        self.group_size = min(group_size, self.num_rows)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        head, needs, storage, device = (
+            self.problem.student,
+            self.needs,
+            self.student.storage,
+            self.problem.student.weight.device,
+        )
+        self.grad_input = torch.empty(head.input.shape, dtype=storage, device=device) if needs.input else None
+        self.grad_weight = self.grad_bias = None
+        if needs.weight:
+            # Sums over several groups are kept in fp32 and rounded once, at the end.
+            many = self.group_size < self.num_rows
+            make = torch.empty if self.in_place else torch.zeros
+            self.grad_weight = make(head.weight.shape, dtype=self.accumulate if many else storage, device=device)
+        if needs.bias:
+            self.grad_bias = torch.zeros(head.weight.shape[0], dtype=self.accumulate, device=device)
+
+        home = None
+        if self.in_place and self.grad_weight is not None:
+            home = self.grad_weight.view(-1)[: self.num_columns * self.hidden_size]
+        self.student_blocks = _blocks(self.tiles, self.group_size, storage, device, home, self.hidden_size)
+        self.teacher_rows = None
+        if self.problem.teacher is not None:
+            shape = (min(self.chunk_size, self.group_size), self.problem.num_compared)
+            self.teacher_rows = torch.empty(shape, dtype=self.teacher.storage, device=device)
+
+    def run(self) -> tuple[RowTerms, Gradients]:
+        terms = []
+        for start in range(0, self.num_rows, max(self.group_size, 1)):
+            rows = slice(start, min(start + self.group_size, self.num_rows))
+            num_rows = rows.stop - rows.start
+            blocks = [block[: num_rows * tile.width].view(num_rows, -1)
+                      for block, tile in zip(self.student_blocks, self.tiles, strict=True)]
+            terms += self._row_terms(rows, blocks)
+            if self.needs:
+                self._multiply(rows, blocks)
+        if self.grad_weight is not None:
+            self.grad_weight = self.grad_weight.to(self.student.storage)
+        return _join(self.problem, terms, self.accumulate), Gradients(self.grad_input, self.grad_weight, self.grad_bias)
+
+    def _row_terms(self, rows: slice, blocks: list[Tensor]) -> list[RowTerms]:
+        """Steps 1 and 2 for a group of rows: leaves dloss/dlogits in blocks where gradients are needed."""
+        hidden = self.student.hidden(rows)
+        for tile, block in zip(self.tiles, blocks, strict=True):
+            self.student.write_logits(hidden, tile, out=block)
+
+        terms = []
+        step_rows = max(1, ROW_STEP_NUMBERS * torch.get_num_threads() // self.num_columns)
+        student_logits = torch.empty(
+            (min(step_rows, len(hidden)), self.num_columns), dtype=self.accumulate, device=hidden.device
+        )
+        for chunk_start in range(rows.start, rows.stop, self.chunk_size):
+            chunk = slice(chunk_start, min(chunk_start + self.chunk_size, rows.stop))
+            self._write_teacher_logits(chunk)
+            for start in range(chunk.start, chunk.stop, step_rows):
+                stop = min(start + step_rows, chunk.stop)
+                in_group = slice(start - rows.start, stop - rows.start)
+                z = student_logits[: stop - start]
+                for tile, block in zip(self.tiles, blocks, strict=True):
+                    z[:, tile.start : tile.stop].copy_(block[in_group])
+                teacher_z = None
+                if self.teacher_rows is not None:
+                    in_chunk = slice(start - chunk.start, stop - chunk.start)
+                    teacher_z = self.teacher_rows[in_chunk].to(self.accumulate)
+                found, gradient = torch_rows.step(
+                    self.problem,
+                    z,
+                    teacher_z,
+                    None if self.labels is None else self.labels[start:stop],
+                    self.problem.row_scale[start:stop],
+                    form_gradients=bool(self.needs),
+                )
+                terms.append(found)
+                if gradient is not None:
+                    for tile, block in zip(self.tiles, blocks, strict=True):
+                        if tile.start < self.num_grad_columns:
+                            part = gradient[:, tile.start : tile.stop]
+                            block[in_group, : part.shape[1]].copy_(part)
+                            block[in_group, part.shape[1] :].zero_()
+        return terms
+
+    def _write_teacher_logits(self, rows: slice) -> None:
+        if self.teacher_rows is not None:
+            hidden = self.teacher.hidden(rows)
+            for tile in self.teacher_tiles:
+                self.teacher.write_logits(hidden, tile, out=self.teacher_rows[: len(hidden), tile.start : tile.stop])
+
+    def _multiply(self, rows: slice, blocks: list[Tensor]) -> None:
+        """Step 3 for a group of rows: add what its dloss/dlogits in blocks mean for input, weight and bias."""
+        hidden = self.student.hidden(rows)
+        grad_hidden = torch.zeros(hidden.shape, dtype=self.accumulate, device=hidden.device)
+        tail = None
+        if self.filtering:
+            limit = self.problem.grad_filter_eps * self.problem.row_scale[rows].abs()
+            tail = _Tail(limit.unsqueeze(-1), grad_hidden)
+        # Backwards, because a tile's weight gradient is written over the blocks of later tiles.
+        for tile, block in reversed(list(zip(self.tiles, blocks, strict=True))):
+            if tile.start >= self.num_grad_columns:
+                if self.in_place and self.grad_weight is not None:
+                    self.grad_weight[tile.tokens] = 0.0
+                continue
+            if self.grad_bias is not None:
+                self.grad_bias[tile.tokens] += block.sum(0, dtype=self.accumulate)
+            grad_logits, tokens = block, tile.tokens
+            weight = self.student.weight(tile) if self.needs.input else None
+            if tail is not None:
+                grad_logits, weight, tokens = tail.cut(tile, block, weight)
+            grad_logits = grad_logits.to(self.student.multiply)
+            if weight is not None:
+                _add_product(grad_hidden, grad_logits, weight)
+            if self.grad_weight is not None:
+                self._add_weight_gradient(tokens, grad_logits.T, hidden)
+        if self.in_place and self.grad_weight is not None:
+            self.grad_weight[self.num_columns :] = 0.0
+        if tail is not None:
+            tail.finish()
+        if self.grad_input is not None:
+            self.grad_input[rows] = grad_hidden
+
+    def _add_weight_gradient(self, tokens: slice | Tensor, grad_logits_t: Tensor, hidden: Tensor) -> None:
+        assert self.grad_weight is not None
+        if isinstance(tokens, Tensor):
+            self.grad_weight.index_add_(0, tokens, torch.mm(grad_logits_t, hidden).to(self.grad_weight.dtype))
+        elif self.in_place:
+            # Not straight into place: that may be where grad_logits_t lies.
+            self.grad_weight[tokens] = torch.mm(grad_logits_t, hidden)
+        else:
+            _add_product(self.grad_weight[tokens], grad_logits_t, hidden)
+
+
+class _Tail:
+    """The columns left out by grad_filter_eps, and the rank-1 term that stands for them in the input's gradient.
+
+    The gradients left out differ little from one another, so their sum times the mean of their weights is most of what
+    they would add.
+    """
+
+    def __init__(self, limit: Tensor, grad_hidden: Tensor) -> None:
+        self.limit, self.grad_hidden = limit, grad_hidden
+        self.mass = torch.zeros_like(limit)  # (n, 1)
+        self.weight_sum = torch.zeros_like(grad_hidden[0])  # (H,)
+        self.num_columns = 0
+
+    def cut(self, tile: _Tile, grad_logits: Tensor, weight: Tensor | None):
+        """The active columns of a tile: their gradients (n, a), weights (a, H) and tokens (a,)."""
+        active = (grad_logits.abs() > self.limit).any(0)
+        columns = active.nonzero().squeeze(-1)
+        kept = grad_logits[:, columns]
+        dtype = self.mass.dtype
+        self.mass += grad_logits.sum(-1, keepdim=True, dtype=dtype) - kept.sum(-1, keepdim=True, dtype=dtype)
+        if weight is not None:
+            kept_weight = weight[columns]
+            self.weight_sum += weight.sum(0, dtype=dtype) - kept_weight.sum(0, dtype=dtype)
+            weight = kept_weight
+        self.num_columns += tile.width - len(columns)
+        tokens = tile.tokens[columns] if isinstance(tile.tokens, Tensor) else columns + tile.start
+        return kept, weight, tokens
+
+    def finish(self) -> None:
+        if self.num_columns:
+            self.grad_hidden.addcmul_(self.mass, self.weight_sum / self.num_columns)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in total's dtype."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += torch.mm(a, b)
+
+
+def _blocks(
+    tiles: list[_Tile], num_rows: int, dtype: torch.dtype, device: torch.device, home: Tensor | None, hidden_size: int
+) -> list[Tensor]:
+    """Memory for num_rows rows of each tile, flat; inside home, the weight gradient's (V * H,), as far as it goes.
+
+    A tile needs num_rows * w numbers and owns H * w of home. With num_rows <= H it lies in its own part. Else blocks lie
+    back to back against home's end and those that do not fit outside: writing weight gradients from the last tile to the
+    first then overwrites only blocks that are done with.
+    """
+    blocks = []
+    num_columns = tiles[-1].stop
+    for tile in tiles:
+        size = num_rows * tile.width
+        start = -1
+        if home is not None:
+            start = home.numel() - (num_columns - tile.start) * max(num_rows, hidden_size)
+        if start >= 0 and home is not None:
+            blocks.append(home[start : start + size])
+        else:
+            blocks.append(torch.empty(size, dtype=dtype, device=device))
+    return blocks
+
+
+def _column_order(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
+    """Token of each of the student's columns, compared ones first, and the labels as columns.
+
+    None for the order means that columns are tokens.
+    """
+    ids, labels = problem.student.token_ids, problem.labels
+    if ids is None:
+        return None, labels
+    if labels is None:
+        return ids, None
+    num_tokens = problem.student.weight.shape[0]
+    # A stable sort by "is not compared" keeps the rest in order; then the compared ones get the order of the ids.
+    others = torch.ones(num_tokens, dtype=torch.int8, device=ids.device).index_fill_(0, ids, 0)
+    order = others.argsort(stable=True)
+    order[: len(ids)] = ids
+    column = torch.empty_like(order).scatter_(0, order, torch.arange(num_tokens, device=ids.device))
+    return order, column[labels]
+
+
+def _join(problem: Problem, terms: list[RowTerms], dtype: torch.dtype) -> RowTerms:
+    if not terms:
+        empty = problem.row_scale.new_zeros(0)
+        no_teacher, no_labels = problem.teacher is None, problem.labels is None
+        return RowTerms(
+            None if no_teacher else empty,
+            None if no_labels else empty,
+            empty,
+            None if no_teacher else empty,
+            None if no_teacher else empty,
+        )
+    joined = []
+    for field in fields(RowTerms):
+        parts = [getattr(found, field.name) for found in terms]
+        joined.append(None if parts[0] is None else torch.cat(parts))
+    return RowTerms(*joined)

@@ -62,7 +62,7 @@ class PrefillRequest:
         counts = (num_tokens, num_samples, num_rows)
         if magic != _MAGIC or len(payload) != _HEADER.size + 4 * sum(counts):
             raise RingCorrupt(f"request of {len(payload)} bytes announces {counts} numbers")
-        numbers = np.frombuffer(payload, np.int32, offset=_HEADER.size)
+        numbers = np.frombuffer(payload, np.int32, offset=_HEADER.size).copy()  # writable for torch
         input_ids, lengths, rows = np.split(numbers, (num_tokens, num_tokens + num_samples))
         if (lengths < 1).any() or lengths.sum() != num_tokens:
             raise RingCorrupt(f"request: sample lengths do not add up to {num_tokens} tokens")

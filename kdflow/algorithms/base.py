@@ -1,0 +1,73 @@
+"""What a distillation algorithm is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from kdflow_kernels import KDLossOutput
+
+from kdflow.config import AlgorithmConfig
+from kdflow.registry import Registry
+from kdflow.types import LossRows
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model before it is loaded.
+
+    Attributes:
+        name: folder or hub id.
+        vocab: token -> id of its tokenizer.
+        vocab_size: rows of its head; at least as many as the tokenizer's ids, the rest is padding.
+    """
+
+    name: str
+    vocab: Mapping[str, int]
+    vocab_size: int
+
+
+class Algorithm(Protocol):
+    """Turns the hidden states of both sides into a loss."""
+
+    def __init__(self, config: AlgorithmConfig, *, student: ModelInfo, teacher: ModelInfo) -> None:
+        """Checks that the pair fits the algorithm.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        ...
+
+    def loss(
+        self,
+        student: LossRows,
+        teacher: LossRows,
+        shift_labels: torch.Tensor,
+        *,
+        num_items: float,
+    ) -> KDLossOutput:
+        """The training loss of a microbatch, differentiable in the student's side.
+
+        Args:
+            shift_labels: (N,) int64, the token after each row.
+            num_items: sums over rows are divided by it.
+        """
+        ...
+
+    def evaluate(
+        self,
+        student: LossRows,
+        teacher: LossRows,
+        shift_labels: torch.Tensor,
+        *,
+        num_items: float,
+    ) -> KDLossOutput:
+        """KL(teacher || student) in `kd_loss` and cross-entropy in `ce_loss`, whatever is trained."""
+        ...
+
+
+ALGORITHMS: Registry[type[Algorithm]] = Registry(
+    "algorithm", {"vanilla": "kdflow.algorithms.vanilla"}
+)

@@ -1,0 +1,101 @@
+"""Distillation of models that share a vocabulary: one divergence over all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from kdflow_kernels import ForwardKL, KDLossOutput, fused_kd_loss, get_divergence
+
+from kdflow.algorithms.base import ALGORITHMS, ModelInfo
+from kdflow.config import AlgorithmConfig
+from kdflow.errors import ConfigError
+from kdflow.types import LossRows
+
+
+@ALGORITHMS.register("vanilla")
+class Vanilla:
+    """kd_weight * divergence(teacher, student) + ce_weight * cross-entropy, averaged over tokens."""
+
+    def __init__(self, config: AlgorithmConfig, *, student: ModelInfo, teacher: ModelInfo) -> None:
+        self._config = config
+        try:
+            self._divergence = get_divergence(config.divergence, **config.divergence_args)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"algorithm.divergence: {error}") from None
+        self._vocab_size = _shared_vocab_size(student, teacher)
+
+    def loss(
+        self,
+        student: LossRows,
+        teacher: LossRows,
+        shift_labels: torch.Tensor,
+        *,
+        num_items: float,
+    ) -> KDLossOutput:
+        return fused_kd_loss(
+            **self._tensors(student, teacher, shift_labels),
+            num_items=num_items,
+            divergence=self._divergence,
+            temperature=self._config.temperature,
+            kd_weight=self._config.kd_weight,
+            ce_weight=self._config.ce_weight,
+            grad_filter_eps=self._config.grad_filter_eps,
+        )
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        student: LossRows,
+        teacher: LossRows,
+        shift_labels: torch.Tensor,
+        *,
+        num_items: float,
+    ) -> KDLossOutput:
+        return fused_kd_loss(
+            **self._tensors(student, teacher, shift_labels),
+            num_items=num_items,
+            divergence=ForwardKL(),
+            ce_weight=1.0,
+        )
+
+    def _tensors(
+        self, student: LossRows, teacher: LossRows, shift_labels: torch.Tensor
+    ) -> dict[str, Any]:
+        """What both calls say of the two sides."""
+        return {
+            "student_input": student.hidden,
+            "student_weight": student.head.weight,
+            "student_bias": student.head.bias,
+            "student_logit_scale": student.head.logit_scale,
+            "student_softcap": student.head.softcap,
+            "teacher_input": teacher.hidden,
+            "teacher_weight": teacher.head.weight,
+            "teacher_bias": teacher.head.bias,
+            "teacher_logit_scale": teacher.head.logit_scale,
+            "teacher_softcap": teacher.head.softcap,
+            "shift_labels": shift_labels,
+            "vocab_size": self._vocab_size,
+            "chunk_size": self._config.chunk_size,
+        }
+
+
+def _shared_vocab_size(student: ModelInfo, teacher: ModelInfo) -> int:
+    """How many entries of both heads mean the same token.
+
+    Heads may be padded differently, but the tokenizers must be the same.
+    """
+    if student.vocab != teacher.vocab:
+        differing = _first_difference(student.vocab, teacher.vocab)
+        raise ConfigError(
+            f"algorithm vanilla: student {student.name} ({len(student.vocab)} tokens) and teacher "
+            f"{teacher.name} ({len(teacher.vocab)} tokens) have different vocabularies ({differing}); "
+            "choose models of one tokenizer, or a cross-tokenizer algorithm"
+        )
+    return min(student.vocab_size, teacher.vocab_size)
+
+
+def _first_difference(student: Mapping[str, int], teacher: Mapping[str, int]) -> str:
+    token = min(t for t, _ in student.items() ^ teacher.items())
+    return f"token {token!r} is {student.get(token)} and {teacher.get(token)}"

@@ -1,0 +1,80 @@
+"""The command `kdflow`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from kdflow.errors import KdflowError
+
+USAGE = """\
+usage: kdflow COMMAND ...
+
+commands:
+  train RUN.yaml [--OPTION.NAME=VALUE ...]   distil a student from a teacher
+  prune MODEL --num_layers N --output DIR    cut a model to fewer layers: a student to start from
+
+`kdflow COMMAND --help` says more.
+"""
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from kdflow.config import config_parser, load_config
+
+    if any(a in ("-h", "--help") for a in arguments):
+        config_parser().print_help()
+        return 0
+    path = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    config = load_config(path, arguments[1:] if path is not None else arguments)
+    from kdflow.launcher.local import run
+
+    # 130 is what shells report for a command that Ctrl-C ended.
+    return 0 if run(config) else 130
+
+
+def _prune(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="kdflow prune",
+        description="Keeps embeddings, final norm, head and evenly spaced layers of a model.",
+    )
+    parser.add_argument("model", help="folder or hub id")
+    parser.add_argument("--num_layers", type=int, required=True, help="layers to keep")
+    parser.add_argument("--output", required=True, help="folder to write")
+    options = parser.parse_args(arguments)
+    import torch
+
+    from kdflow.modeling import load_causal_lm, load_tokenizer, prune_layers
+
+    model = prune_layers(load_causal_lm(options.model, torch.bfloat16), options.num_layers)
+    model.save_pretrained(options.output)
+    load_tokenizer(options.model).save_pretrained(options.output)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{options.output}: {options.num_layers} layers, {size:.0f} million parameters")
+    return 0
+
+
+COMMANDS = {"train": _train, "prune": _prune}
+
+
+def main() -> None:
+    name, *arguments = sys.argv[1:] or [""]
+    if name in ("-h", "--help", ""):
+        print(USAGE, end="")
+        sys.exit(0 if name else 2)
+    if name == "--version":
+        from kdflow import __version__
+
+        print(__version__)
+        sys.exit(0)
+    if name not in COMMANDS:
+        print(f"kdflow: unknown command {name!r}\n{USAGE}", end="", file=sys.stderr)
+        sys.exit(2)
+    try:
+        sys.exit(COMMANDS[name](arguments))
+    except KdflowError as error:
+        print(f"kdflow {name}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"kdflow {name}: interrupted", file=sys.stderr)
+        sys.exit(130)

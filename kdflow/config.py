@@ -1,0 +1,346 @@
+"""The configuration of a run: frozen dataclasses, each default in one place.
+
+`load_config` reads a YAML file and dotted overrides; nothing changes a config afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from kdflow.errors import ConfigError
+from kdflow.registry import nearest
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+_DICT_OPTIONS = ("algorithm.divergence_args",)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The model whose last hidden states are handed over.
+
+    Args:
+        model: Local folder or hub id.
+        backend: Engine that prefills: a registered name.
+        dtype: Of weights and hidden states; auto is bfloat16 where the device computes in it, else float32.
+        device: Where the teacher runs; auto takes a GPU if there is one.
+        num_workers: Teacher processes; they share the requests.
+        num_threads: CPU threads of each worker; 0 takes its share of the cores.
+    """
+
+    model: str
+    backend: str = "hf"
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    num_workers: int = 1
+    num_threads: int = 0
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The model that is trained, under FSDP2.
+
+    Args:
+        model: Local folder or hub id; its weights are where training starts.
+        compute_dtype: Of forward and backward; master weights, gradient reduction and optimizer state are float32.
+        device: Where the student trains; auto takes GPUs if there are any.
+        num_ranks: Processes that share the student (one a GPU).
+        num_threads: CPU threads of each rank; 0 takes its share of the cores.
+        activation_checkpointing: Recompute each layer in backward instead of keeping its activations.
+    """
+
+    model: str
+    compute_dtype: Dtype = "auto"
+    device: Device = "auto"
+    num_ranks: int = 1
+    num_threads: int = 0
+    activation_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Conversations: rows with a `messages` list of `role` and `content`.
+
+    Args:
+        train: A .jsonl or .parquet file, a folder written by `datasets`, a hub id, or `module.py:function`
+            that returns an iterable of rows.
+        eval: Held-out rows in the same forms; without it, `num_eval_samples` are taken from `train`.
+        num_eval_samples: How many samples are held out and evaluated.
+        max_length: Longest sample in tokens.
+        long_samples: What happens to longer ones: truncate drops the oldest tokens of the prompt, skip drops the sample.
+    """
+
+    train: str
+    eval: str | None = None
+    num_eval_samples: int = 16
+    max_length: int = 1024
+    long_samples: Literal["truncate", "skip"] = "truncate"
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """What the student learns from the teacher.
+
+    Args:
+        name: A registered algorithm.
+        divergence: A divergence of kdflow_kernels.
+        divergence_args: Its parameters, such as `beta` of jsd.
+        temperature: Divides both sides' logits in the distillation term.
+        kd_weight: Weight of the distillation term.
+        ce_weight: Weight of the cross-entropy with the data's own tokens.
+        grad_filter_eps: Columns whose gradient stays below it are left out of the backward GEMMs; 0 is exact.
+        chunk_size: Rows whose logits exist at one time; none chooses by size.
+    """
+
+    name: str = "vanilla"
+    divergence: str = "forward_kl"
+    divergence_args: dict[str, float] = field(default_factory=dict)
+    temperature: float = 1.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    grad_filter_eps: float = 0.0
+    chunk_size: int | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and a cosine or constant schedule.
+
+    Args:
+        learning_rate: At its highest.
+        schedule: After the warm-up.
+        warmup_steps: Steps of linear warm-up.
+        min_lr_ratio: Where the cosine ends, as a part of learning_rate.
+        betas: Of AdamW.
+        eps: Of AdamW.
+        weight_decay: Decoupled; on matrices only.
+        max_grad_norm: Gradients are clipped to this norm.
+    """
+
+    learning_rate: float = 1e-5
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Steps, batches and what happens between them.
+
+    Args:
+        num_steps: Optimizer steps; epochs follow one another until they are done.
+        samples_per_step: Samples of one optimizer step, over all ranks.
+        tokens_per_microbatch: Most tokens that one rank takes at a time; at least data.max_length.
+        eval_every: Steps between evaluations; 0 evaluates before the first and after the last step alone.
+        save_every: Steps between checkpoints; 0 saves after the last step alone.
+        log_every: Steps between lines of metrics.
+    """
+
+    num_steps: int = 100
+    samples_per_step: int = 8
+    tokens_per_microbatch: int = 2048
+    eval_every: int = 0
+    save_every: int = 0
+    log_every: int = 1
+
+
+@dataclass(frozen=True)
+class TransportConfig:
+    """The ring between teacher and student.
+
+    Args:
+        num_slots: Microbatches in flight: how far the teacher may run ahead.
+        timeout_s: Longest wait for the other side, seconds.
+        start_timeout_s: Longest wait for a teacher to load, seconds.
+        checksum: Check each record with crc32c.
+    """
+
+    num_slots: int = 4
+    timeout_s: float = 300.0
+    start_timeout_s: float = 600.0
+    checksum: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One distillation run.
+
+    Args:
+        output_dir: Folder of checkpoints, metrics, logs and the exported model.
+        teacher: The model that is distilled.
+        student: The model that is trained.
+        data: What both read.
+        algorithm: The loss.
+        optimizer: How weights move.
+        training: Steps and batches.
+        transport: The ring between the processes.
+        seed: Of data order and dropout.
+        resume: Go on from the newest checkpoint in output_dir.
+        overwrite: Delete an earlier run in output_dir.
+    """
+
+    output_dir: str
+    teacher: TeacherConfig
+    student: StudentConfig
+    data: DataConfig
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "teacher.num_workers": 1,
+            "teacher.num_threads": 0,
+            "student.num_ranks": 1,
+            "student.num_threads": 0,
+            "data.num_eval_samples": 0,
+            "data.max_length": 2,
+            "training.num_steps": 0,
+            "training.samples_per_step": self.student.num_ranks,
+            "training.tokens_per_microbatch": self.data.max_length,
+            "training.eval_every": 0,
+            "training.save_every": 0,
+            "training.log_every": 1,
+            "transport.num_slots": 1,
+            "optimizer.warmup_steps": 0,
+            "algorithm.kd_weight": 0.0,
+            "algorithm.ce_weight": 0.0,
+            "algorithm.grad_filter_eps": 0.0,
+        }
+        above_zero = (
+            "optimizer.learning_rate",
+            "optimizer.max_grad_norm",
+            "algorithm.temperature",
+            "transport.timeout_s",
+            "transport.start_timeout_s",
+        )
+        for name, low in at_least.items():
+            _check(name, value := _get(self, name), value >= low, f"at least {low}")
+        for name in above_zero:
+            _check(name, value := _get(self, name), 0 < value < math.inf, "more than 0")
+        ratio = self.optimizer.min_lr_ratio
+        _check("optimizer.min_lr_ratio", ratio, 0 <= ratio <= 1, "between 0 and 1")
+        if self.resume and self.overwrite:
+            raise ConfigError("resume and overwrite exclude each other: give one of them")
+
+
+def _get(config: RunConfig, dotted: str) -> Any:
+    value: Any = config
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check(name: str, value: object, ok: bool, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}: expected {expected}, got {value}")
+
+
+def option_names(cls: type = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted option of a config class."""
+    names: list[str] = []
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        names.append(prefix + item.name)
+        if is_dataclass(kind := hints[item.name]) and isinstance(kind, type):
+            names += option_names(kind, f"{prefix}{item.name}.")
+    return names
+
+
+def config_parser(prog: str = "kdflow train") -> Any:
+    """A jsonargparse parser of `--config FILE` and every option of RunConfig."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [RUN.yaml] [--OPTION.NAME=VALUE ...] [--print_config]",
+        description="Distils a student from a teacher. Options of the command line win over the file.",
+        exit_on_error=False,
+        default_env=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and overrides such as `--training.num_steps=10`.
+
+    Raises:
+        ConfigError: a missing file, an unknown option (the nearest one is named), a value of
+            the wrong type or out of range.
+    """
+    from jsonargparse import ArgumentError
+
+    known = option_names()
+    arguments = list(overrides)
+    for argument in arguments:
+        name = argument.split("=", 1)[0].removeprefix("--")
+        if argument.startswith("--") and name not in (*known, "config", "print_config"):
+            _reject_unknown(name, known, "command line")
+    if path is not None:
+        _check_file(Path(path), known)
+        arguments.insert(0, f"--config={path}")
+    parser = config_parser()
+    try:
+        return _build(RunConfig, parser.parse_args(arguments).as_dict())
+    except ArgumentError as error:
+        raise ConfigError(f"{path or 'command line'}: {error}") from None
+
+
+def _check_file(path: Path, known: Sequence[str]) -> None:
+    import yaml
+
+    if not path.is_file():
+        raise ConfigError(f"config: no file {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected options by name, got {type(values).__name__}")
+    for section, value in values.items():
+        _reject_unknown(str(section), known, str(path))
+        if isinstance(value, dict):
+            for key in value:
+                _reject_unknown(f"{section}.{key}", known, str(path))
+
+
+def _reject_unknown(name: str, known: Sequence[str], where: str) -> None:
+    inside_dict = any(name.startswith(f"{prefix}.") for prefix in _DICT_OPTIONS)
+    if name not in known and not inside_dict:
+        raise ConfigError(f'{where}: unknown option "{name}"{nearest(name, known)}')
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    hints = get_type_hints(cls)
+    return cls(
+        **{
+            item.name: _build(hints[item.name], values[item.name])
+            if is_dataclass(hints[item.name])
+            else values[item.name]
+            for item in fields(cls)
+        }
+    )
+
+
+def dump_config(config: RunConfig) -> str:
+    """The config as YAML that `load_config` reads back."""
+    import yaml
+
+    values = asdict(config)
+    values["optimizer"]["betas"] = list(config.optimizer.betas)
+    return yaml.safe_dump(values, sort_keys=False)

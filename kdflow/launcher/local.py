@@ -1,0 +1,129 @@
+"""A run on one node: teacher processes beside the student's ranks."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from contextlib import ExitStack
+from pathlib import Path
+
+from kdflow.config import RunConfig
+from kdflow.errors import TransportError
+from kdflow.launcher.prepare import open_output, prepare
+from kdflow.launcher.rank import RankSpec, run_rank
+from kdflow.launcher.teachers import TeacherProcess
+from kdflow.modeling import resolve_device
+from kdflow.teacher.worker import WorkerSpec
+from kdflow.transport import HiddenRing, RequestRing, request_bytes
+
+
+def run(config: RunConfig, announce: object = print) -> bool:
+    """Distils; False where it was stopped before the end (a checkpoint is there then).
+
+    Raises:
+        KdflowError: bad input, before any model loads; a process that died, after all others
+            were ended.
+    """
+    say = announce if callable(announce) else print
+    prepared = prepare(config)
+    folder = open_output(config)
+    say(f"train: {prepared.train.report}")
+    if prepared.held_out is not None:
+        say(f"held out: {prepared.held_out.report}")
+    teacher_threads, student_threads = share_threads(config)
+    num_ranks, transport = config.student.num_ranks, config.transport
+    with ExitStack() as stack:
+        requests = stack.enter_context(
+            RequestRing.create(
+                name="requests",
+                num_slots=num_ranks * transport.num_slots,
+                slot_bytes=request_bytes(config.training.tokens_per_microbatch),
+            )
+        )
+        hidden = [
+            stack.enter_context(
+                HiddenRing.create(
+                    name=f"hidden[{rank}]",
+                    num_slots=transport.num_slots,
+                    slot_bytes=prepared.slot_bytes,
+                    checksum=transport.checksum,
+                )
+            )
+            for rank in range(num_ranks)
+        ]
+        handles = [ring.handle for ring in hidden]
+        teachers = [
+            stack.enter_context(
+                TeacherProcess(
+                    WorkerSpec(
+                        teacher=config.teacher,
+                        worker=worker,
+                        num_threads=teacher_threads,
+                        requests=requests.handle,
+                        hidden=handles,
+                        timeout_s=transport.timeout_s,
+                        ready_fd=-1,
+                    ),
+                    folder / "logs" / f"teacher-{worker}.log",
+                )
+            )
+            for worker in range(config.teacher.num_workers)
+        ]
+        for teacher in teachers:
+            teacher.wait_ready(transport.start_timeout_s)
+        spec = RankSpec(config, str(folder), student_threads, requests.handle, handles)
+        try:
+            finished = run_rank(spec, prepared) if num_ranks == 1 else _run_ranks(spec)
+        except TransportError:
+            for teacher in teachers:
+                teacher.check()
+            raise
+    say(f"model: {folder / 'model'}" if finished else _how_to_go_on(folder))
+    return finished
+
+
+def _run_ranks(spec: RankSpec) -> bool:
+    """The ranks as processes of their own, under torch elastic."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=spec.config.student.num_ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        start_method="spawn",
+    )
+    os.environ["OMP_NUM_THREADS"] = str(spec.num_threads)
+    try:
+        return all(elastic_launch(launch, run_rank)(spec).values())
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise TransportError(f"student rank {rank} failed: {failure.message}") from error
+
+
+def share_threads(config: RunConfig) -> tuple[int, int]:
+    """CPU threads of each teacher worker and of each student rank.
+
+    Sides on a GPU need one thread each; what is left of the cores is divided among processes
+    that compute on the CPU.
+    """
+    cores = len(os.sched_getaffinity(0))
+    on_cpu = {
+        "teacher": resolve_device(config.teacher.device).type == "cpu",
+        "student": resolve_device(config.student.device).type == "cpu",
+    }
+    computing = config.teacher.num_workers * on_cpu["teacher"]
+    computing += config.student.num_ranks * on_cpu["student"]
+    share = max(1, cores // max(1, computing))
+    teacher = config.teacher.num_threads or (share if on_cpu["teacher"] else 1)
+    student = config.student.num_threads or (share if on_cpu["student"] else 1)
+    return teacher, student
+
+
+def _how_to_go_on(folder: Path) -> str:
+    return f"stopped; the checkpoint is in {folder / 'checkpoints'}, --resume=true goes on"

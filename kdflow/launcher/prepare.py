@@ -1,0 +1,115 @@
+"""Everything that can be wrong with a run and be known before a model is loaded."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdflow.algorithms import ALGORITHMS, Algorithm, ModelInfo
+from kdflow.config import RunConfig, dump_config, load_config
+from kdflow.data import Dataset, load_datasets
+from kdflow.errors import ConfigError
+from kdflow.modeling import load_model_config, load_tokenizer, resolve_device, resolve_dtype
+from kdflow.teacher import TEACHERS
+
+CONFIG_FILE = "config.yaml"
+# What a run writes into its folder, and so what `overwrite` may delete.
+RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "logs", "model")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that was looked over.
+
+    Attributes:
+        algorithm: fits the pair of models.
+        tokenizer: the student's.
+        train, held_out: tokenised.
+        slot_bytes: room for the hidden states of the largest microbatch.
+    """
+
+    config: RunConfig
+    algorithm: Algorithm
+    tokenizer: Any
+    train: Dataset
+    held_out: Dataset | None
+    slot_bytes: int
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Checks names, models, vocabularies and data, and tokenises.
+
+    Raises:
+        ConfigError, DataError: the first thing that is wrong.
+    """
+    TEACHERS.get(config.teacher.backend)
+    make_algorithm = ALGORITHMS.get(config.algorithm.name)
+    student_tokenizer, student = _model_info(config.student.model)
+    _, teacher = _model_info(config.teacher.model)
+    algorithm = make_algorithm(config.algorithm, student=student, teacher=teacher)
+    train, held_out = load_datasets(config.data, student_tokenizer, config.seed)
+    teacher_text = load_model_config(config.teacher.model).get_text_config()
+    dtype = resolve_dtype(config.teacher.dtype, resolve_device(config.teacher.device))
+    rows = config.training.tokens_per_microbatch
+    return Prepared(
+        config=config,
+        algorithm=algorithm,
+        tokenizer=student_tokenizer,
+        train=train,
+        held_out=held_out,
+        slot_bytes=rows * teacher_text.hidden_size * dtype.itemsize,
+    )
+
+
+def _model_info(model: str) -> tuple[Any, ModelInfo]:
+    text_config = load_model_config(model).get_text_config()
+    tokenizer = load_tokenizer(model)
+    return tokenizer, ModelInfo(model, tokenizer.get_vocab(), text_config.vocab_size)
+
+
+def open_output(config: RunConfig) -> Path:
+    """Makes the output folder and writes the resolved config into it.
+
+    Raises:
+        ConfigError: it holds a run and neither `resume` nor `overwrite` is set, or `resume` is
+            and the run there is another one.
+    """
+    folder = Path(config.output_dir)
+    old = folder / CONFIG_FILE
+    if old.is_file() and config.overwrite:
+        for name in RUN_ENTRIES:
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    elif old.is_file() and config.resume:
+        _check_same_run(load_config(old), config, folder)
+    elif old.is_file():
+        raise ConfigError(
+            f"output_dir: {folder} holds a run; add --resume=true to go on with it, "
+            "--overwrite=true to replace it, or choose another folder"
+        )
+    elif config.resume:
+        raise ConfigError(f"resume: {folder} holds no run; start without --resume")
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    old.write_text(dump_config(config), encoding="utf-8")
+    return folder
+
+
+def _check_same_run(old: RunConfig, new: RunConfig, folder: Path) -> None:
+    """The data position counts samples of one order: what decides the order must not change."""
+    pairs = {
+        "student.model": (old.student.model, new.student.model),
+        "data": (old.data, new.data),
+        "training.samples_per_step": (
+            old.training.samples_per_step,
+            new.training.samples_per_step,
+        ),
+        "seed": (old.seed, new.seed),
+    }
+    for name, (before, now) in pairs.items():
+        if before != now:
+            raise ConfigError(f"resume: {name} was {before} in {folder}, now it is {now}")

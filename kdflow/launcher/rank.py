@@ -1,0 +1,166 @@
+"""One student rank: in the launcher's own process, or one of several under torch elastic."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from kdflow.config import RunConfig
+from kdflow.launcher.prepare import Prepared, prepare
+from kdflow.modeling import load_lm_head, resolve_device, resolve_dtype
+from kdflow.observe import Progress, Recorder
+from kdflow.student import CheckpointStore, FSDP2Student, export_model
+from kdflow.training import Trainer, plan
+from kdflow.transport import HiddenRing, HiddenStatesClient, RequestRing
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """What a rank is told.
+
+    Attributes:
+        folder: of the run.
+        num_threads: CPU threads of each rank.
+        requests: handle of the request ring.
+        hidden: handles of the data rings, by rank.
+    """
+
+    config: RunConfig
+    folder: str
+    num_threads: int
+    requests: str
+    hidden: list[str]
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask once for a stop after the step; the second Ctrl-C interrupts."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    @contextmanager
+    def installed(self) -> Iterator[StopRequest]:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(n, self._on_signal) for n in numbers]
+        try:
+            yield self
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+@contextmanager
+def process_group(device: torch.device, timeout_s: float) -> Iterator[int]:
+    """Joins the ranks that torch elastic started, or makes a group of one; gives the rank."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def run_rank(spec: RankSpec, prepared: Prepared | None = None) -> bool:
+    """Trains, saves and exports; False where it was asked to stop before the end.
+
+    Args:
+        prepared: of the launcher, where the rank lives in its process; prepared here otherwise.
+    """
+    config, folder = spec.config, Path(spec.folder)
+    torch.set_num_threads(spec.num_threads)
+    device = resolve_device(config.student.device, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if prepared is None:
+        prepared = prepare(config)
+    torch.manual_seed(config.seed)
+    with ExitStack() as stack:
+        rank = stack.enter_context(process_group(device, config.transport.timeout_s))
+        num_ranks = dist.get_world_size()
+        student = _load_student(prepared, device)
+        checkpoints = CheckpointStore(folder / "checkpoints")
+        num_steps_done = 0
+        if config.resume and checkpoints.newest() is not None:
+            num_steps_done = checkpoints.load(student)
+        trainer = Trainer(
+            student,
+            _attach(spec, rank, stack),
+            device=device,
+            observers=_observers(config, folder, num_steps_done, stack) if rank == 0 else [],
+            save=lambda done: checkpoints.save(student, done),
+            save_every=config.training.save_every,
+            stop_requested=stack.enter_context(StopRequest().installed()),
+        )
+        finished = trainer.run(
+            plan(
+                config,
+                prepared.train,
+                prepared.held_out,
+                rank=rank,
+                num_ranks=num_ranks,
+                start=num_steps_done,
+            )
+        )
+        if finished:
+            export_model(student, prepared.tokenizer, folder / "model")
+        return finished
+
+
+def _load_student(prepared: Prepared, device: torch.device) -> FSDP2Student:
+    config = prepared.config
+    teacher_dtype = resolve_dtype(config.teacher.dtype, resolve_device(config.teacher.device))
+    return FSDP2Student(
+        config.student,
+        config.optimizer,
+        algorithm=prepared.algorithm,
+        teacher_head=load_lm_head(config.teacher.model, teacher_dtype).to(device),
+        device=device,
+        num_steps=config.training.num_steps,
+    )
+
+
+def _attach(spec: RankSpec, rank: int, stack: ExitStack) -> HiddenStatesClient:
+    return HiddenStatesClient(
+        stack.enter_context(RequestRing.attach(spec.requests, role="producer")),
+        stack.enter_context(HiddenRing.attach(spec.hidden[rank], role="consumer")),
+        rank=rank,
+        timeout_s=spec.config.transport.timeout_s,
+    )
+
+
+def _observers(
+    config: RunConfig, folder: Path, num_steps_done: int, stack: ExitStack
+) -> list[Progress | Recorder]:
+    recorder = Recorder(folder)
+    progress = Progress(
+        config.training.num_steps,
+        first_step=num_steps_done,
+        log_every=config.training.log_every,
+        console=Console(),
+    )
+    stack.callback(recorder.close)
+    stack.callback(progress.close)
+    return [recorder, progress]

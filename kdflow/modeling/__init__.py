@@ -1,0 +1,27 @@
+"""What teacher and student share about Hugging Face models: loading, packed attention, heads."""
+
+from kdflow.modeling.attention import PACKED_ATTENTION
+from kdflow.modeling.decoder import forward_hidden_states, head_options
+from kdflow.modeling.loading import (
+    load_causal_lm,
+    load_decoder,
+    load_lm_head,
+    load_model_config,
+    load_tokenizer,
+)
+from kdflow.modeling.placement import resolve_device, resolve_dtype
+from kdflow.modeling.prune import prune_layers
+
+__all__ = [
+    "PACKED_ATTENTION",
+    "forward_hidden_states",
+    "head_options",
+    "load_causal_lm",
+    "load_decoder",
+    "load_lm_head",
+    "load_model_config",
+    "load_tokenizer",
+    "prune_layers",
+    "resolve_device",
+    "resolve_dtype",
+]

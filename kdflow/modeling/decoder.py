@@ -1,0 +1,51 @@
+"""Runs the part of a causal language model below its head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kdflow.errors import ConfigError
+
+
+def forward_hidden_states(
+    decoder: Any,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    sequence_lengths: Sequence[int],
+) -> torch.Tensor:
+    """Last hidden states (after the final norm) of packed samples.
+
+    Args:
+        decoder: a transformers model without its head (`base_model` of a causal LM), loaded
+            with `attn_implementation=PACKED_ATTENTION`.
+        input_ids: (T,) int64.
+        position_ids: (T,) int64, counting from 0 in each sample.
+        sequence_lengths: lengths of the samples, adding up to T.
+
+    Returns:
+        (T, H) in the model's dtype.
+    """
+    output = decoder(
+        input_ids=input_ids[None],
+        position_ids=position_ids[None],
+        use_cache=False,
+        sequence_lengths=tuple(sequence_lengths),
+    )
+    return output.last_hidden_state[0]
+
+
+def head_options(config: Any) -> tuple[float, float | None]:
+    """(logit_scale, softcap) that a model of this config applies to its logits.
+
+    Raises:
+        ConfigError: both a factor and a divisor of the logits are set.
+    """
+    values = config.get_text_config().to_dict()
+    scale, divisor = values.get("logit_scale"), values.get("logits_scaling")
+    if scale is not None and divisor is not None:
+        raise ConfigError("model config: logit_scale and logits_scaling exclude each other")
+    logit_scale = 1.0 / divisor if divisor is not None else scale if scale is not None else 1.0
+    return float(logit_scale), values.get("final_logit_softcapping")

@@ -1,0 +1,139 @@
+"""Loads models, tokenizers and single heads from folders or the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from kdflow.errors import ConfigError
+from kdflow.modeling.attention import PACKED_ATTENTION
+from kdflow.modeling.decoder import head_options
+from kdflow.types import LMHead
+
+_HEAD_NAMES = ("lm_head", "output", "embed_out")
+_EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+
+
+def _source(model: str) -> str:
+    """`~` is the home folder, as in a shell."""
+    return str(Path(model).expanduser()) if model.startswith("~") else model
+
+
+def load_model_config(model: str) -> Any:
+    """The transformers config of a folder or hub id.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    try:
+        return AutoConfig.from_pretrained(_source(model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model: {model} is no folder with a config.json and no hub id that can be reached "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(_source(model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"tokenizer of {model}: {str(error).splitlines()[0]}") from None
+
+
+def load_causal_lm(model: str, dtype: torch.dtype) -> Any:
+    """The model on the CPU, in eval mode, ready for packed samples.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    load_model_config(model)
+    return AutoModelForCausalLM.from_pretrained(
+        _source(model), dtype=dtype, attn_implementation=PACKED_ATTENTION
+    ).eval()
+
+
+def load_decoder(model: str, dtype: torch.dtype) -> Any:
+    """The model below its head, on the CPU, in eval mode, ready for packed samples.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    load_model_config(model)
+    return AutoModel.from_pretrained(
+        _source(model), dtype=dtype, attn_implementation=PACKED_ATTENTION
+    ).eval()
+
+
+def load_lm_head(model: str, dtype: torch.dtype) -> LMHead:
+    """The head alone, read from the safetensors file that holds it; the model is not loaded.
+
+    Tied heads are read from the embeddings.
+
+    Raises:
+        ConfigError: no safetensors, or no tensor that looks like a head.
+    """
+    config = load_model_config(model)
+    files = _tensor_files(_source(model))
+    prefix = next((n for n in _HEAD_NAMES if f"{n}.weight" in files), None)
+    if prefix is not None:
+        weight_name = f"{prefix}.weight"
+    else:
+        embeddings = [n for n in files if n.endswith(_EMBEDDING_SUFFIXES)]
+        if len(embeddings) != 1 or not config.get_text_config().tie_word_embeddings:
+            raise ConfigError(f"{model}: found no lm_head.weight among {len(files)} tensors")
+        weight_name = embeddings[0]
+    bias_name = f"{prefix}.bias"
+    logit_scale, softcap = head_options(config)
+    return LMHead(
+        weight=_read(files[weight_name], weight_name).to(dtype),
+        bias=_read(files[bias_name], bias_name).to(dtype) if bias_name in files else None,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
+
+
+def _read(path: str, name: str) -> torch.Tensor:
+    with safe_open(path, framework="pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def _tensor_files(model: str) -> dict[str, str]:
+    """Which file of the model holds which tensor."""
+    index = _file(model, "model.safetensors.index.json")
+    if index is not None:
+        names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        paths = {shard: _file(model, shard) for shard in set(names.values())}
+        if missing := [shard for shard, path in paths.items() if path is None]:
+            raise ConfigError(f"{model}: shards are missing: {', '.join(sorted(missing))}")
+        return {name: str(paths[shard]) for name, shard in names.items()}
+    single = _file(model, "model.safetensors")
+    if single is None:
+        raise ConfigError(
+            f"{model}: expected safetensors files, found none; convert the checkpoint"
+        )
+    with safe_open(single, framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), single)
+
+
+def _file(model: str, name: str) -> str | None:
+    """Path of one file of a folder or hub id, None where the model has no such file."""
+    if Path(model).is_dir():
+        path = Path(model, name)
+        return str(path) if path.is_file() else None
+    try:
+        return hf_hub_download(model, name)
+    except EntryNotFoundError:
+        return None

@@ -1,0 +1,73 @@
+"""Progress on the terminal: a live bar, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from kdflow.training import EvalMetrics, StepMetrics
+
+
+class Progress:
+    """Shows loss, tokens per second of both sides and the time left.
+
+    Args:
+        num_steps: of the run.
+        first_step: finished steps when the run goes on from a checkpoint.
+        log_every: steps between plain lines.
+        console: where to write; its being a terminal decides the form.
+    """
+
+    def __init__(
+        self, num_steps: int, *, first_step: int, log_every: int, console: Console
+    ) -> None:
+        self._console = console
+        self._log_every = log_every
+        self._num_steps = num_steps
+        self._bar = Bar(
+            TextColumn("[bold]distil"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("student {task.fields[student]} tok/s"),
+            TextColumn("teacher {task.fields[teacher]} tok/s"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            "distil", total=num_steps, completed=first_step, loss="-", student="-", teacher="-"
+        )
+        self._bar.start()
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self._bar.update(
+            self._task,
+            completed=metrics.step,
+            loss=f"{metrics.loss:.3f}",
+            student=f"{metrics.student_tokens_per_s:,.0f}",
+            teacher=f"{metrics.teacher_tokens_per_s:,.0f}",
+        )
+        if not self._console.is_terminal and metrics.step % self._log_every == 0:
+            left_s = (self._num_steps - metrics.step) * metrics.step_s
+            self._line(
+                f"step {metrics.step}/{self._num_steps}  loss {metrics.loss:.4f}  "
+                f"grad norm {metrics.grad_norm:.2f}  lr {metrics.learning_rate:.2e}  "
+                f"student {metrics.student_tokens_per_s:,.0f} tok/s  "
+                f"teacher {metrics.teacher_tokens_per_s:,.0f} tok/s  "
+                f"waited {metrics.teacher_wait_s:.2f} s  {left_s:,.0f} s left"
+            )
+
+    def on_eval(self, metrics: EvalMetrics) -> None:
+        self._line(
+            f"eval after {metrics.step} steps: KL(teacher||student) {metrics.kl:.4f} nats  "
+            f"perplexity {metrics.perplexity:,.2f}  top-1 agreement {metrics.top1_agreement:.1%}  "
+            f"({metrics.num_loss_tokens} tokens)"
+        )
+
+    def close(self) -> None:
+        self._bar.stop()
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)

@@ -1,0 +1,180 @@
+"""The student under FSDP2: sharded fp32 master weights, the loss inside the root's forward.
+
+Embeddings, final norm and head belong to the root unit, so its hooks gather the head before
+the loss and reduce its gradient after it, tied or untied. Fetching the head from outside
+(`full_tensor()`, a unit of its own) loses or unties gradients; see docs/design.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from kdflow_kernels import KDLossOutput
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from kdflow.algorithms import Algorithm
+from kdflow.config import OptimizerConfig, StudentConfig
+from kdflow.modeling import forward_hidden_states, head_options, load_causal_lm, resolve_dtype
+from kdflow.types import LMHead, LossRows, Microbatch
+
+TeacherRows = Callable[[], torch.Tensor]
+
+
+class _StudentModule(torch.nn.Module):
+    """The FSDP root: causal LM and loss in one forward."""
+
+    def __init__(self, model: Any, algorithm: Algorithm, teacher_head: LMHead) -> None:
+        super().__init__()
+        self.model = model
+        self._algorithm = algorithm
+        self._teacher_head = teacher_head
+        self._logit_scale, self._softcap = head_options(model.config)
+
+    def forward(
+        self,
+        microbatch: Microbatch,
+        teacher_rows: TeacherRows,
+        num_items: float,
+        training: bool,
+    ) -> KDLossOutput:
+        head = self.model.get_output_embeddings()
+        device = head.weight.device
+        hidden = forward_hidden_states(
+            self.model.base_model,
+            torch.from_numpy(microbatch.input_ids).to(device, torch.int64),
+            torch.from_numpy(microbatch.position_ids()).to(device),
+            microbatch.sequence_lengths,
+        )
+        rows = torch.from_numpy(microbatch.loss_rows).to(device, torch.int64)
+        student = LossRows(
+            hidden.index_select(0, rows),
+            LMHead(head.weight, head.bias, self._logit_scale, self._softcap),
+        )
+        teacher = LossRows(teacher_rows().to(device), self._teacher_head)
+        labels = torch.from_numpy(microbatch.shift_labels()).to(device)
+        compute = self._algorithm.loss if training else self._algorithm.evaluate
+        return compute(student, teacher, labels, num_items=num_items)
+
+
+class FSDP2Student:
+    """A causal LM, its optimizer and its schedule, on one rank of a process group.
+
+    Args:
+        config: which model and how it computes.
+        optimizer: AdamW and its schedule.
+        algorithm: the loss.
+        teacher_head: on `device`, in the teacher's dtype.
+        device: of this rank.
+        num_steps: where the schedule ends.
+
+    Raises:
+        ConfigError: no such model.
+    """
+
+    def __init__(
+        self,
+        config: StudentConfig,
+        optimizer: OptimizerConfig,
+        *,
+        algorithm: Algorithm,
+        teacher_head: LMHead,
+        device: torch.device,
+        num_steps: int,
+    ) -> None:
+        self.num_ranks = torch.distributed.get_world_size()
+        model = load_causal_lm(config.model, torch.float32).train()
+        self.module = _StudentModule(model, algorithm, teacher_head).to(device)
+        compute_dtype = resolve_dtype(config.compute_dtype, device)
+        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+        mesh = init_device_mesh(device.type, (self.num_ranks,), mesh_dim_names=("shard",))
+        layers = model.base_model.layers
+        for index, layer in enumerate(layers):
+            if config.activation_checkpointing:
+                layer = layers[index] = checkpoint_wrapper(layer)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(self.module, mesh=mesh, mp_policy=policy)
+        self._config = optimizer
+        self._num_steps = num_steps
+        self.optimizer = _adamw(self.module, optimizer)
+
+    @property
+    def model(self) -> Any:
+        """The transformers model, its parameters sharded."""
+        return self.module.model
+
+    def forward_backward(
+        self, microbatch: Microbatch, teacher_rows: TeacherRows, *, num_items: float, last: bool
+    ) -> KDLossOutput:
+        """Adds the microbatch's gradient.
+
+        Args:
+            teacher_rows: called once the student's own hidden states exist; gives (N, Ht).
+            num_items: loss tokens of the whole step, over all ranks and microbatches.
+            last: the step's last microbatch; gradients are reduced with it alone.
+        """
+        self.module.set_requires_gradient_sync(last)
+        # FSDP averages gradients over ranks; the sum over ranks is wanted.
+        output = self.module(microbatch, teacher_rows, num_items / self.num_ranks, True)
+        output.loss.backward()
+        return output
+
+    def optimizer_step(self, index: int) -> tuple[torch.Tensor, float]:
+        """Clips, updates and clears the gradients.
+
+        Args:
+            index: of the step; the learning rate is a function of it alone.
+
+        Returns:
+            The gradient norm before clipping and the learning rate.
+        """
+        config = self._config
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), config.max_grad_norm)
+        learning_rate = config.learning_rate * lr_factor(index, config, self._num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        assert isinstance(norm, DTensor)
+        return norm.full_tensor(), learning_rate
+
+    @torch.no_grad()
+    def evaluate(
+        self, microbatch: Microbatch, teacher_rows: TeacherRows, *, num_items: float
+    ) -> KDLossOutput:
+        """Sums of KL and cross-entropy over the microbatch's rows, divided by `num_items`."""
+        self.module.eval()
+        output = self.module(microbatch, teacher_rows, num_items, False)
+        self.module.train()
+        return output
+
+
+def lr_factor(step: int, config: OptimizerConfig, num_steps: int) -> float:
+    """Learning rate of a step as a part of the highest one."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine
+
+
+def _adamw(module: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )

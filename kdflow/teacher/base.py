@@ -1,0 +1,38 @@
+"""What a teacher is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from kdflow.config import TeacherConfig
+from kdflow.registry import Registry
+from kdflow.types import Microbatch
+
+
+class Teacher(Protocol):
+    """Prefills microbatches.
+
+    Attributes:
+        hidden_size: H of its last hidden states.
+        dtype: of its hidden states.
+    """
+
+    hidden_size: int
+    dtype: torch.dtype
+
+    def __init__(self, config: TeacherConfig, *, worker: int) -> None:
+        """Loads the model; `worker` counts the workers of a run and picks the GPU."""
+        ...
+
+    def prefill(self, microbatch: Microbatch, out: torch.Tensor) -> None:
+        """Writes the last hidden states (after the final norm) of the loss rows.
+
+        Args:
+            out: (N, H) in `dtype`, host memory.
+        """
+        ...
+
+
+TEACHERS: Registry[type[Teacher]] = Registry("teacher backend", {"hf": "kdflow.teacher.hf"})

@@ -1,0 +1,101 @@
+"""A teacher process: `python -m kdflow.teacher.worker SPEC`, started by the launcher.
+
+SPEC is JSON (see WorkerSpec). The worker loads its teacher, announces itself with one line of
+JSON on the descriptor `ready_fd`, then answers requests until it is terminated or its parent
+is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from kdflow.config import TeacherConfig
+from kdflow.teacher.base import TEACHERS, Teacher
+from kdflow.transport import HiddenRing, HiddenStatesServer, RequestRing
+from kdflow.types import Microbatch
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker is told.
+
+    Attributes:
+        teacher: the section of the run's config.
+        worker: counts the workers of the run.
+        num_threads: CPU threads.
+        requests: handle of the request ring.
+        hidden: handles of the data rings, by rank.
+        timeout_s: longest wait for a slot, seconds.
+        ready_fd: descriptor, inherited, for the announcement.
+    """
+
+    teacher: TeacherConfig
+    worker: int
+    num_threads: int
+    requests: str
+    hidden: list[str]
+    timeout_s: float
+    ready_fd: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> WorkerSpec:
+        values = json.loads(text)
+        return WorkerSpec(**{**values, "teacher": TeacherConfig(**values["teacher"])})
+
+
+class _Worker:
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._parent = os.getppid()
+        torch.set_num_threads(spec.num_threads)
+        self._teacher: Teacher = TEACHERS.get(spec.teacher.backend)(
+            spec.teacher, worker=spec.worker
+        )
+        self._server = HiddenStatesServer(
+            RequestRing.attach(spec.requests, role="consumer"),
+            {
+                rank: HiddenRing.attach(handle, role="producer")
+                for rank, handle in enumerate(spec.hidden)
+            },
+            timeout_s=spec.timeout_s,
+        )
+        ready = {"hidden_size": self._teacher.hidden_size, "dtype": str(self._teacher.dtype)}
+        with os.fdopen(spec.ready_fd, "w") as announcement:
+            announcement.write(json.dumps(ready) + "\n")
+
+    def serve(self) -> None:
+        self._server.serve(
+            self._teacher.hidden_size,
+            self._teacher.dtype,
+            self._timed_prefill,
+            idle=self._stop_with_parent,
+        )
+
+    def _timed_prefill(self, microbatch: Microbatch, out: torch.Tensor) -> float:
+        start = time.perf_counter()
+        if len(out):
+            self._teacher.prefill(microbatch, out)
+        return time.perf_counter() - start
+
+    def _stop_with_parent(self) -> None:
+        if os.getppid() != self._parent:
+            raise SystemExit(0)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's, which ends us
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    _Worker(WorkerSpec.from_json(sys.argv[1])).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -13,12 +13,10 @@ from pathlib import Path
 from rich.console import Console
 
 from bench import compare, output, report
-from bench.cases import loss
+from bench.cases import loss, ring
 from bench.environment import environment
 from bench.model import Case
 from bench.sweep import Settings, run_case
-
-SUITES = ("loss",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,6 +67,8 @@ def _cases(options: argparse.Namespace) -> list[Case]:
             dtypes=options.dtype,
             divergences=options.divergence,
         )
+    if options.command in ("ring", "all"):
+        found += ring.cases(quick=options.quick, sizes=options.sizes)
     return found
 
 
@@ -105,11 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     loss_options = argparse.ArgumentParser(add_help=False)
     loss_options.add_argument("--shapes", nargs="+", default=[], metavar="N,V,Hs,Ht")
     loss_options.add_argument("--dtype", nargs="+", default=[], choices=list(loss.ITEM_BYTES))
-    loss_options.add_argument(
-        "--divergence", nargs="+", default=[], choices=["forward_kl", "jsd", "reverse_kl"]
-    )
+    loss_options.add_argument("--divergence", nargs="+", default=[], choices=["forward_kl", "jsd", "reverse_kl"])
+    ring_options = argparse.ArgumentParser(add_help=False)
+    ring_options.add_argument("--sizes", nargs="+", type=int, default=[], metavar="BYTES")
     commands.add_parser("loss", parents=[shared, loss_options], help=_summary(loss))
-    commands.add_parser("all", parents=[shared, loss_options], help="every suite")
+    commands.add_parser("ring", parents=[shared, ring_options], help=_summary(ring))
+    commands.add_parser("all", parents=[shared, loss_options, ring_options], help="every suite")
     comparison = commands.add_parser("compare", help="what changed between two result files")
     comparison.add_argument("before", metavar="A")
     comparison.add_argument("after", metavar="B")

@@ -37,9 +37,7 @@ class WorkerClient:
         env = {
             **os.environ,
             "OMP_NUM_THREADS": str(num_threads),
-            "PYTHONPATH": os.pathsep.join(
-                [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-            ),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
             **dict(provider.env),
         }
         self._process = subprocess.Popen(

@@ -49,13 +49,15 @@ class Case:
     work: float
     unit: str
     worker_mib: float = 512.0
+    measures_memory: bool = True
     setup_timeout_s: float = 120.0
     warm_up_timeout_s: float = 120.0
 
 
 @dataclass
 class Trial:
-    """What a provider's entry returns: one prepared job, run once by each call of ``step``.
+    """What a provider's entry returns: one job, done once by each call of ``step``, before which
+    ``prepare`` runs untimed.
 
     ``step`` returns nothing, and is then timed as a whole, or a mapping of further measures; the
     key ``seconds`` in it replaces the time (a latency, say, or a part of the step). ``check`` gives
@@ -65,7 +67,7 @@ class Trial:
 
     step: Callable[[], Mapping[str, float] | None]
     check: Callable[[], Mapping[str, float]] | None = None
-    reset: Callable[[], None] | None = None
+    prepare: Callable[[], None] | None = None
     close: Callable[[], None] | None = None
     gradient_bytes: int = 0
     note: str = ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bench.model import Row
@@ -55,9 +56,7 @@ def remarks(row: Row) -> str:
     """The note, and the status where it is not plain success."""
     status = "" if row.status == "ok" else row.status
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
-    return ": ".join(part for part in (status, row.note) if part) + (
-        f" [{metrics}]" if metrics else ""
-    )
+    return ": ".join(part for part in (status, row.note) if part) + (f" [{metrics}]" if metrics else "")
 
 
 COLUMNS = (
@@ -79,7 +78,8 @@ def print_case(rows: Iterable[Row], console: Console) -> None:
     for index, (name, _) in enumerate(COLUMNS):
         table.add_column(name, justify="left" if index in (0, len(COLUMNS) - 1) else "right")
     for row in rows:
-        table.add_row(*(text(row) for _, text in COLUMNS), style=STYLES[row.role])
+        # Escaped, since the brackets of a note are not markup.
+        table.add_row(*(escape(text(row)) for _, text in COLUMNS), style=STYLES[row.role])
     console.print(table)
 
 
@@ -116,10 +116,7 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Row]]:
                 f" got {line[:40]!r} ({error.msg})"
             ) from None
     if not records or records[0].get("kind") != "environment":
-        raise ValueError(
-            f"{path}: expected a file that `python -m bench` wrote, whose first line is the"
-            " environment"
-        )
+        raise ValueError(f"{path}: expected a file that `python -m bench` wrote, whose first line is the environment")
     return records[0], [Row.from_json(record) for record in records[1:]]
 
 

@@ -103,9 +103,7 @@ def sweeps(rows: Sequence[Row]) -> list[tuple[str, Figure]]:
     for name, group in _sweeps(rows):
         with_memory = any(row.peak_mib is not None for row in group)
         count = 2 if with_memory else 1
-        figure, grid = plt.subplots(
-            1, count, figsize=(5.5 * count, 3.6), squeeze=False, layout="constrained"
-        )
+        figure, grid = plt.subplots(1, count, figsize=(5.5 * count, 3.6), squeeze=False, layout="constrained")
         by_rate = group[0].unit in ("byte", "token")
         _lines(grid[0][0], group, name, "rate" if by_rate else "median_s")
         if with_memory:
@@ -153,9 +151,7 @@ def _lines(axes: Axes, rows: Sequence[Row], name: str, measure: str) -> None:
     axes.set_yscale("log")
     axes.set_xlabel(name)
     axes.set_ylabel(
-        {"rate": f"{rows[0].unit}s per second", "median_s": "median time, s"}.get(
-            measure, "peak memory, MiB"
-        )
+        {"rate": f"{rows[0].unit}s per second", "median_s": "median time, s"}.get(measure, "peak memory, MiB")
     )
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -42,10 +42,7 @@ def write_report(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]
             image = plots.png(figure)
             path.with_name(f"{name}.png").write_bytes(image)
             images.append(_image(name, image))
-        tables = "".join(
-            f"<h3>{html.escape(name)}</h3>{_table(case)}"
-            for name, case in by_case(of_suite).items()
-        )
+        tables = "".join(f"<h3>{html.escape(name)}</h3>{_table(case)}" for name, case in by_case(of_suite).items())
         sections.append(f"<h2>{html.escape(suite)}</h2>{''.join(images)}{tables}")
     page = path.with_suffix(".html")
     page.write_text(
@@ -64,9 +61,7 @@ def _image(name: str, image: bytes) -> str:
 def _table(rows: Iterable[Row]) -> str:
     head = "".join(f"<th>{name}</th>" for name, _ in COLUMNS)
     body = "".join(
-        f'<tr class="{row.role}">'
-        + "".join(f"<td>{html.escape(text(row))}</td>" for _, text in COLUMNS)
-        + "</tr>"
+        f'<tr class="{row.role}">' + "".join(f"<td>{html.escape(text(row))}</td>" for _, text in COLUMNS) + "</tr>"
         for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"
@@ -79,8 +74,7 @@ def _environment(environment: Mapping[str, Any]) -> str:
             continue
         if isinstance(value, Mapping):
             value = ", ".join(
-                f"{key} {json.dumps(part) if isinstance(part, list) else part}"
-                for key, part in value.items()
+                f"{key} {json.dumps(part) if isinstance(part, list) else part}" for key, part in value.items()
             )
         items.append(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>")
     return f"<dl>{''.join(items)}</dl>"

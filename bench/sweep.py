@@ -22,7 +22,6 @@ class Settings:
     reps: int = 5
     budget_s: float = 30.0
     num_threads: int = 1
-    measure_memory: bool = True
 
 
 @dataclass
@@ -82,9 +81,7 @@ def _groups(case: Case) -> list[Sequence[Provider]]:
     return [floors + others[start : start + size] for start in range(0, len(others), size)]
 
 
-def _run_group(
-    case: Case, providers: Sequence[Provider], settings: Settings, say: Callable[[str], None]
-) -> list[Row]:
+def _run_group(case: Case, providers: Sequence[Provider], settings: Settings, say: Callable[[str], None]) -> list[Row]:
     lanes: list[_Lane] = []
     try:
         for provider in providers:
@@ -101,7 +98,7 @@ def _run_group(
                     lane.step(timeout_s=2 * settings.budget_s)
         for lane in lanes:
             say(f"{case.name}: memory and check of {lane.provider.name}")
-            if settings.measure_memory:
+            if case.measures_memory:
                 lane.memory = lane.ask("memory", timeout_s=60 + 4 * settings.budget_s)
             lane.check = lane.ask("check", timeout_s=60 + settings.budget_s)
     finally:
@@ -176,8 +173,6 @@ def _with_floor(rows: list[Row]) -> list[Row]:
     floor = min(floors, key=lambda row: row.median_s or 0.0)
     assert floor.median_s is not None
     return [
-        replace(row, floor=floor.provider, floor_percent=100 * floor.median_s / row.median_s)
-        if row.median_s
-        else row
+        replace(row, floor=floor.provider, floor_percent=100 * floor.median_s / row.median_s) if row.median_s else row
         for row in rows
     ]

@@ -35,7 +35,7 @@ class Worker:
             case "setup":
                 return self.setup(request["entry"], request["params"])
             case "step":
-                self._reset()
+                self._prepare()
                 return time_step(self._step, device=self.device)
             case "memory":
                 return self.memory()
@@ -55,7 +55,7 @@ class Worker:
 
     def memory(self) -> dict[str, float]:
         assert self.trial is not None
-        self._reset()
+        self._prepare()
         settle()
         kept = resident_mib() - self.resident_after_setup
         peak = peak_of(self.trial.step, device=self.device)
@@ -65,9 +65,9 @@ class Worker:
         assert self.trial is not None
         return self.trial.step()
 
-    def _reset(self) -> None:
-        if self.trial is not None and self.trial.reset is not None:
-            self.trial.reset()
+    def _prepare(self) -> None:
+        if self.trial is not None and self.trial.prepare is not None:
+            self.trial.prepare()
 
     def close(self) -> None:
         if self.trial is not None and self.trial.close is not None:

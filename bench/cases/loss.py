@@ -47,9 +47,7 @@ class Shape:
         try:
             return cls(*(int(part) for part in text.split(",")))
         except (TypeError, ValueError):
-            raise ValueError(
-                f"--shapes: expected N,V,Hs,Ht as in 1024,64000,512,1024, got {text!r}"
-            ) from None
+            raise ValueError(f"--shapes: expected N,V,Hs,Ht as in 1024,64000,512,1024, got {text!r}") from None
 
     @property
     def flops(self) -> float:
@@ -58,10 +56,7 @@ class Shape:
         return 2.0 * self.num_rows * self.vocab_size * per_logit
 
     def __str__(self) -> str:
-        return (
-            f"N={self.num_rows} V={self.vocab_size} Hs={self.student_hidden}"
-            f" Ht={self.teacher_hidden}"
-        )
+        return f"N={self.num_rows} V={self.vocab_size} Hs={self.student_hidden} Ht={self.teacher_hidden}"
 
 
 def floors(dtype: str, device: str) -> tuple[Provider, ...]:

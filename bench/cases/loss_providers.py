@@ -61,7 +61,7 @@ def loss_trial(inputs: Inputs, loss_of: Loss, *, note: str = "") -> Trial:
         loss.backward()
         last["loss"] = loss.detach()
 
-    def reset() -> None:
+    def drop_gradients() -> None:
         for tensor in student:
             tensor.grad = None
 
@@ -75,7 +75,7 @@ def loss_trial(inputs: Inputs, loss_of: Loss, *, note: str = "") -> Trial:
     return Trial(
         step,
         check=check,
-        reset=reset,
+        prepare=drop_gradients,
         gradient_bytes=sum(tensor.numel() * tensor.element_size() for tensor in student),
         note=note,
     )
@@ -116,9 +116,7 @@ def full_logit_loss(
         return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
     if beta == 1.0:
         return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
-    log_m = torch.logaddexp(
-        log_p + torch.tensor(beta).log(), log_q + torch.tensor(1.0 - beta).log()
-    )
+    log_m = torch.logaddexp(log_p + torch.tensor(beta).log(), log_q + torch.tensor(1.0 - beta).log())
     from_teacher = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
     from_student = F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
     return beta * from_teacher + (1.0 - beta) * from_student
@@ -132,6 +130,8 @@ def compiled(params: Params) -> Trial:
     function = torch.compile(full_logit_loss, dynamic=False)
     trial = loss_trial(Inputs.make(params), _full_logit(function, params))
     trial.step()  # compiles, which is no part of any repetition
+    if trial.prepare is not None:
+        trial.prepare()
     return trial
 
 

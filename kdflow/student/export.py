@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoModelForCausalLM
 
 from kdflow.student.fsdp2 import FSDP2Student
 
@@ -20,10 +21,9 @@ def export_model(student: FSDP2Student, tokenizer: Any, folder: Path) -> None:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(student.model, options=options)
     if dist.get_rank() == 0:
-        model = student.model
-        model.config.dtype = torch.bfloat16
-        model.save_pretrained(
-            folder, state_dict={name: w.to(torch.bfloat16) for name, w in weights.items()}
-        )
+        with torch.device("meta"):  # carries config and names; the weights come from the state
+            shell = AutoModelForCausalLM.from_config(student.model.config, dtype=torch.bfloat16)
+        shell.generation_config = student.model.generation_config
+        shell.save_pretrained(folder, state_dict={n: w.to(torch.bfloat16) for n, w in weights.items()})
         tokenizer.save_pretrained(folder)
     dist.barrier()

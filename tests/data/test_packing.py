@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdflow.data import pack_step, training_steps
+from kdflow.types import Sample
+
+
+def make(lengths: list[int]) -> list[Sample]:
+    rng = np.random.default_rng(0)
+    return [
+        Sample(rng.integers(0, 99, n).astype(np.int32), np.arange(n) >= n // 2, i) for i, n in enumerate(lengths)
+    ]
+
+
+@given(st.lists(st.integers(2, 50), min_size=4, max_size=30), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_every_cut_holds_the_same_samples(lengths: list[int], num_ranks: int) -> None:
+    samples = make(lengths)
+    steps = [
+        pack_step(samples, tokens_per_microbatch=64, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)
+    ]
+    assert len({len(step.microbatches) for step in steps}) == 1
+    microbatches = [m for step in steps for m in step.microbatches]
+    assert all(0 < m.num_tokens <= 64 for m in microbatches)
+    assert sorted(i for m in microbatches for i in m.sample_ids) == list(range(len(samples)))
+    total = sum(s.num_loss_tokens for s in samples)
+    assert all(step.num_loss_tokens == total for step in steps)
+    assert sum(m.num_loss_tokens for m in microbatches) == total
+
+
+def test_rank_without_samples_takes_part_without_loss() -> None:
+    steps = [
+        pack_step(make([60, 60, 60]), tokens_per_microbatch=64, rank=rank, num_ranks=2) for rank in range(2)
+    ]
+    assert [[m.num_loss_tokens for m in step.microbatches] for step in steps] == [[30, 30], [30, 0]]
+    assert steps[1].microbatches[1].num_tokens == 60
+
+
+def steps_of(samples: list[Sample], **options) -> list[tuple[int, ...]]:
+    defaults = {"num_steps": 5, "samples_per_step": 4, "tokens_per_microbatch": 999, "seed": 3}
+    steps = training_steps(samples, **{**defaults, **options})
+    return [tuple(sorted(i for m in s.microbatches for i in m.sample_ids)) for s in steps]
+
+
+def test_epochs_visit_every_sample_once() -> None:
+    samples = make([10] * 10)
+    seen = [i for ids in steps_of(samples) for i in ids]
+    assert sorted(seen[:8] + [i for i in seen[8:12] if i not in seen[:8]][:2]) == list(range(10))
+    assert all(seen.count(i) == 2 for i in range(10))
+
+
+def test_order_depends_on_the_seed_alone_and_can_start_anywhere() -> None:
+    samples = make([10, 20, 30] * 5)
+    whole = steps_of(samples)
+    assert steps_of(samples, start=3) == whole[3:]
+    assert steps_of(samples, tokens_per_microbatch=30) == whole
+    assert steps_of(samples, seed=4) != whole
+    ranks = [steps_of(samples, rank=rank, num_ranks=2) for rank in range(2)]
+    assert [tuple(sorted(a + b)) for a, b in zip(*ranks, strict=True)] == whole

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kdflow.data import load_rows
+from kdflow.errors import DataError
+
+ROWS = [{"messages": [{"role": "user", "content": "ü"}]}, {"messages": []}]
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n\n".join(json.dumps(r) for r in ROWS) + "\n", encoding="utf-8")
+    assert load_rows(str(path)) == ROWS
+
+
+def test_python_function() -> None:
+    rows = load_rows(f"{EXAMPLES}/pydoc_topics.py:conversations")
+    assert len(rows) > 300
+    questions = [row["messages"][0]["content"] for row in rows]
+    assert len(set(questions)) == len(questions)
+    assert all(row["messages"][1]["content"].strip() for row in rows)
+
+
+def test_parquet_and_folder(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": "a"}]}] * 3)
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "folder")
+    assert load_rows(f"{tmp_path}/a.parquet") == load_rows(f"{tmp_path}/folder") == data.to_list()
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.jsonl", None, "no file"),
+        ("a.jsonl", "\n", "holds no rows"),
+        ("a.jsonl", '{"a": 1}\n{bad\n', ":2: not JSON"),
+        ("a.jsonl", "[1]\n", ":1: expected an object"),
+        ("a.txt", "x", "expected .jsonl"),
+        ("a.py:rows", "def other():\n    return []\n", r"no function 'rows' \(it has: other\)"),
+        ("a.py:rows", "def rows():\n    return []\n", "holds no rows"),
+        ("b.py:rows", None, "no file"),
+    ],
+)
+def test_bad_sources(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / name.partition(":")[0]).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        load_rows(f"{tmp_path}/{name}")

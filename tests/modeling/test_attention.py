@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+from kdflow.modeling import PACKED_ATTENTION, forward_hidden_states, load_causal_lm
+from kdflow.modeling.attention import packed_attention
+
+LENGTHS = (5, 1, 9)
+
+
+def packed(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 300, (sum(lengths),), generator=generator)
+    return ids, torch.cat([torch.arange(n) for n in lengths])
+
+
+def test_packed_samples_equal_samples_alone(tiny: Path) -> None:
+    ids, positions = packed(LENGTHS)
+    model = load_causal_lm(str(tiny / "teacher"), torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tiny / "teacher", attn_implementation="eager")
+    with torch.no_grad():
+        ours = forward_hidden_states(model.base_model, ids, positions, LENGTHS)
+        alone = [plain.base_model(input_ids=part[None]).last_hidden_state[0] for part in ids.split(LENGTHS)]
+    torch.testing.assert_close(ours, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_equal_too(tiny: Path) -> None:
+    ids, positions = packed(LENGTHS)
+    ours = load_causal_lm(str(tiny / "teacher"), torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tiny / "teacher", attn_implementation="eager")
+    weight = torch.linspace(-1, 1, 48)
+    (forward_hidden_states(ours.base_model, ids, positions, LENGTHS) @ weight).sum().backward()
+    for part in ids.split(LENGTHS):
+        (plain.base_model(input_ids=part[None]).last_hidden_state[0] @ weight).sum().backward()
+    for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_sliding_window() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=4,
+    )
+    plain = MistralForCausalLM._from_config(deepcopy(config), attn_implementation="eager")
+    ours = MistralForCausalLM._from_config(config, attn_implementation=PACKED_ATTENTION)
+    ours.load_state_dict(plain.state_dict())
+    ids, positions = packed(LENGTHS)
+    with torch.no_grad():
+        hidden = forward_hidden_states(ours.base_model, ids, positions, LENGTHS)
+        alone = [plain.base_model(input_ids=part[None]).last_hidden_state[0] for part in ids.split(LENGTHS)]
+    torch.testing.assert_close(hidden, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_capped_attention_logits_are_refused() -> None:
+    q = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="softcap=30"):
+        packed_attention(torch.nn.Identity(), q, q, q, None, sequence_lengths=(2,), softcap=30.0)

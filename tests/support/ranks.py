@@ -1,0 +1,35 @@
+"""Runs a function on several ranks of a gloo group, each a process of its own but where there is one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def _main(rank: int, num_ranks: int, folder: Path, function: Callable[..., Any], args: tuple) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), num_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=120))
+    try:
+        torch.save(function(*args), folder / f"result-{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def run_on_ranks(num_ranks: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(*args)`, a module-level function, returned on each rank."""
+    folder.mkdir(parents=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if num_ranks == 1:
+        _main(0, 1, folder, function, args)
+    else:
+        torch.multiprocessing.start_processes(
+            _main, (num_ranks, folder, function, args), nprocs=num_ranks, start_method="spawn"
+        )
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(num_ranks)]

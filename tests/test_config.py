@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kdflow.config import RunConfig, dump_config, load_config, option_names
+from kdflow.errors import ConfigError
+
+MINIMAL = ["--output_dir=o", "--teacher.model=t", "--student.model=s", "--data.train=d.jsonl"]
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_file_and_overrides(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "output_dir: o\nteacher: {model: t}\nstudent: {model: s}\ndata: {train: d.jsonl}\n"
+        "algorithm: {divergence: jsd, divergence_args: {beta: 0.3}}\ntraining: {num_steps: 7}\n",
+    )
+    config = load_config(path, ["--training.num_steps=9", "--algorithm.divergence_args.beta=0.2"])
+    assert config.training.num_steps == 9
+    assert config.algorithm.divergence_args == {"beta": 0.2}
+    assert config.training.samples_per_step == RunConfig.__dataclass_fields__["training"].default_factory().samples_per_step  # type: ignore[misc]
+
+
+def test_dump_reads_back(tmp_path: Path) -> None:
+    config = load_config(None, [*MINIMAL, "--optimizer.betas=[0.8,0.9]"])
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--trainin.num_steps=1"], 'unknown option "trainin.num_steps"; did you mean "training.num_steps"'),
+        (["--training.num_step=1"], 'did you mean "training.num_steps"'),
+        (["--training.num_steps=many"], "training.num_steps"),
+        (["--teacher.dtype=float8"], "teacher.dtype"),
+        (["--training.num_steps=-1"], "training.num_steps: expected at least 0, got -1"),
+        (["--algorithm.temperature=0"], "algorithm.temperature: expected more than 0"),
+        (["--training.tokens_per_microbatch=100"], "expected at least 1024, got 100"),
+        (["--student.num_ranks=9"], "training.samples_per_step: expected at least 9"),
+        (["--optimizer.min_lr_ratio=2"], "between 0 and 1"),
+        (["--resume=true", "--overwrite=true"], "exclude each other"),
+    ],
+)
+def test_bad_options(options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [*MINIMAL, *options])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("teacher: {modle: t}\n", 'unknown option "teacher.modle"; did you mean "teacher.model"'),
+        ("techer: {model: t}\n", 'did you mean "teacher"'),
+        ("- a\n", "expected options by name, got list"),
+        ("teacher: {model: [\n", "not valid YAML"),
+        ("output_dir: o\n", "required: teacher.model, student.model, data.train"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, text))
+    assert message in str(error.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_options_are_documented() -> None:
+    """Every option's help comes from its docstring; one without is a hole in `--help`."""
+    from kdflow.config import config_parser
+
+    text = config_parser().format_help()
+    for name in option_names():
+        if "." in name:
+            at = text.index(f"--{name}", text.index("options:"))
+            following = text[at:].split("\n  --", 1)[0]
+            assert "(type:" in following or "(required" in following, name
+            assert len(following.split("(")[0].split()) > 2, f"{name} has no description"

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from kdflow.errors import RingCorrupt, SlotAborted
+from kdflow.transport import (
+    HiddenRing,
+    HiddenStatesClient,
+    HiddenStatesServer,
+    PrefillRequest,
+    RequestRing,
+    request_bytes,
+)
+from kdflow.types import Microbatch
+
+HIDDEN = 8
+
+
+def make_microbatch(seed: int, num_rows: int = 3) -> Microbatch:
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 99, 12).astype(np.int32)
+    rows = np.sort(rng.choice(11, num_rows, replace=False)).astype(np.int32)
+    return Microbatch(ids, (5, 7), rows, (seed,))
+
+
+def same(a: Microbatch, b: Microbatch) -> bool:
+    return (
+        np.array_equal(a.input_ids, b.input_ids)
+        and a.sequence_lengths == b.sequence_lengths
+        and np.array_equal(a.loss_rows, b.loss_rows)
+    )
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 11])
+def test_request_round_trip(num_rows: int) -> None:
+    request = PrefillRequest(3, 1 << 40, make_microbatch(1, num_rows))
+    payload = request.encode()
+    assert len(payload) <= request_bytes(12)
+    read = PrefillRequest.decode(payload)
+    assert (read.rank, read.ticket) == (3, 1 << 40)
+    assert same(read.microbatch, request.microbatch)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda p: p[:10],
+        lambda p: b"XXXX" + p[4:],
+        lambda p: p + b"\0\0\0\0",
+        lambda p: p[:-4] + np.int32(12).tobytes(),  # a row outside the tokens
+        lambda p: p[:28] + p[28 : 28 + 48] + np.array([5, 8], np.int32).tobytes() + p[28 + 56 :],
+    ],
+)
+def test_spoilt_requests_are_refused(spoil) -> None:
+    with pytest.raises(RingCorrupt):
+        PrefillRequest.decode(spoil(PrefillRequest(0, 0, make_microbatch(1)).encode()))
+
+
+class Channel:
+    """Both ends in one process, the teacher's in a thread; rows are a function of the tokens."""
+
+    def __init__(self, num_slots: int, prefill) -> None:
+        self._requests = RequestRing.create(name="requests", num_slots=8, slot_bytes=request_bytes(64))
+        self._hidden = HiddenRing.create(name="hidden", num_slots=num_slots, slot_bytes=64 * HIDDEN * 4)
+        server = HiddenStatesServer(
+            RequestRing.attach(self._requests.handle, role="consumer"),
+            {0: HiddenRing.attach(self._hidden.handle, role="producer")},
+            timeout_s=10.0,
+        )
+        self.error: BaseException | None = None
+
+        def serve() -> None:
+            try:
+                server.serve(HIDDEN, torch.float32, prefill, idle=lambda: None)
+            except BaseException as error:
+                self.error = error
+
+        threading.Thread(target=serve, daemon=True).start()
+        self.client = HiddenStatesClient(
+            RequestRing.attach(self._requests.handle, role="producer"),
+            HiddenRing.attach(self._hidden.handle, role="consumer"),
+            rank=0,
+            timeout_s=10.0,
+        )
+
+
+def expected(microbatch: Microbatch) -> torch.Tensor:
+    tokens = torch.from_numpy(microbatch.input_ids[microbatch.loss_rows]).float()
+    return tokens[:, None] + torch.arange(HIDDEN)
+
+
+def test_rows_come_in_order_and_the_teacher_runs_ahead() -> None:
+    served: list[int] = []
+
+    def prefill(microbatch: Microbatch, out: torch.Tensor) -> float:
+        served.append(len(out))
+        out.copy_(expected(microbatch))
+        return 0.25
+
+    channel = Channel(4, prefill)
+    microbatches = [make_microbatch(seed, num_rows=seed % 4) for seed in range(11)]
+    asked: list[int] = []
+
+    def asking() -> Iterator[Microbatch]:
+        for number, microbatch in enumerate(microbatches):
+            asked.append(number)
+            yield microbatch
+
+    for number, pending in enumerate(channel.client.prefetch(asking())):
+        with pending:
+            assert pending.microbatch is microbatches[number]
+            assert torch.equal(pending.tensor(), expected(microbatches[number]))
+            assert pending.prefill_s == pytest.approx(0.25)
+            assert asked[-1] == min(number + 4, 10)  # the window, and the one it waits with
+        if number == 0:
+            deadline = time.monotonic() + 10
+            while len(served) < 4 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert len(served) >= 4
+    assert channel.error is None
+
+
+def test_failing_prefill_reaches_the_student() -> None:
+    def prefill(microbatch: Microbatch, out: torch.Tensor) -> float:
+        raise ValueError("no such token 99")
+
+    channel = Channel(2, prefill)
+    (pending,) = channel.client.prefetch([make_microbatch(0)])
+    with pytest.raises(SlotAborted, match="no such token 99"), pending:
+        pending.tensor()

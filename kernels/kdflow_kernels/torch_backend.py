@@ -29,7 +29,7 @@ from kdflow_kernels.problem import (
     RowTerms,
 )
 
-TILE_COLUMNS = 2048
+TILE_COLUMNS = 1024
 CHUNK_ROWS = 128
 # Rows of student logits kept outside the weight gradient's memory, in chunks.
 SCRATCH_CHUNKS = 4
@@ -89,12 +89,18 @@ class _TiledHead:
         self.head, self.accumulate = head, accumulate
         self.multiply = multiply_dtype(head.weight.dtype, head.weight.device)
         self.storage = _storage_dtype(head.weight.dtype)
+        self.converted = None  # room for one tile of the weight in the dtype of the products
+        if self.multiply != head.weight.dtype:
+            shape = (min(TILE_COLUMNS, head.weight.shape[0]), head.weight.shape[1])
+            self.converted = torch.empty(shape, dtype=self.multiply, device=head.weight.device)
 
     def hidden(self, rows: slice) -> Tensor:
         return self.head.input[rows].to(self.multiply)
 
     def weight(self, tile: _Tile) -> Tensor:
-        return self.head.weight[tile.tokens].to(self.multiply)
+        """The tile's rows of the head; valid until the next call."""
+        weight = self.head.weight[tile.tokens]
+        return weight if self.converted is None else self.converted[: tile.width].copy_(weight)
 
     def write_logits(self, hidden: Tensor, tile: _Tile, out: Tensor) -> None:
         """softcap(logit_scale * (hidden @ weight.T + bias)) of a tile into out (n, w)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench import compare, output, report
-from bench.cases import loss, ring
+from bench.cases import e2e, loss, ring
 from bench.environment import environment
 from bench.model import Case
 from bench.sweep import Settings, run_case
@@ -22,6 +23,8 @@ from bench.sweep import Settings, run_case
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite or the comparison that ``arguments`` name; 2 for bad arguments."""
     options = _parser().parse_args(arguments)
+    # As Ctrl-C does: leave through the code that ends the workers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a pipe has no width; 80 columns would break every cell
@@ -69,6 +72,8 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         )
     if options.command in ("ring", "all"):
         found += ring.cases(quick=options.quick, sizes=options.sizes)
+    if options.command in ("e2e", "all"):
+        found += e2e.cases(device=options.device, quick=options.quick)
     return found
 
 
@@ -110,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     ring_options.add_argument("--sizes", nargs="+", type=int, default=[], metavar="BYTES")
     commands.add_parser("loss", parents=[shared, loss_options], help=_summary(loss))
     commands.add_parser("ring", parents=[shared, ring_options], help=_summary(ring))
+    commands.add_parser("e2e", parents=[shared], help=_summary(e2e))
     commands.add_parser("all", parents=[shared, loss_options, ring_options], help="every suite")
     comparison = commands.add_parser("compare", help="what changed between two result files")
     comparison.add_argument("before", metavar="A")

@@ -38,8 +38,10 @@ class Case:
     ``work`` is what one repetition does, in ``unit`` ("flop", "byte", "token", "message"), so that
     rates and the percentage of the floor need only the time. ``worker_mib`` is about what one
     provider's process holds: providers that do not fit into memory together run in groups.
-    ``setup_timeout_s`` bounds imports and the making of the inputs, ``warm_up_timeout_s`` the
-    compilation in the first step; neither counts in the time budget of the repetitions.
+    Without ``measures_memory`` a step says its own peak, if any; without ``warm_up`` the first
+    repetition counts, since each begins afresh anyway; ``budget_scale`` multiplies the run's time
+    budget where repetitions are long. ``setup_timeout_s`` bounds imports and the making of the
+    inputs, ``warm_up_timeout_s`` the compilation in the first step; neither counts in the budget.
     """
 
     suite: str
@@ -50,6 +52,8 @@ class Case:
     unit: str
     worker_mib: float = 512.0
     measures_memory: bool = True
+    warm_up: bool = True
+    budget_scale: float = 1.0
     setup_timeout_s: float = 120.0
     warm_up_timeout_s: float = 120.0
 
@@ -59,10 +63,11 @@ class Trial:
     """What a provider's entry returns: one job, done once by each call of ``step``, before which
     ``prepare`` runs untimed.
 
-    ``step`` returns nothing, and is then timed as a whole, or a mapping of further measures; the
-    key ``seconds`` in it replaces the time (a latency, say, or a part of the step). ``check`` gives
-    values that providers must agree on; ``gradient_bytes`` are those of the results the step must
-    leave behind, which the peak is stated without; ``note`` goes beside the row.
+    ``step`` returns nothing, and is then timed as a whole, or a mapping of further measures;
+    ``seconds``, ``work`` and ``peak_mib`` in it replace what the harness would say, and ``wall_s``
+    is what the repetition costs of the time budget. ``check`` gives values that providers must
+    agree on; ``gradient_bytes`` are those of the results that a step must leave behind, which the
+    peak is stated without; ``note`` goes beside the row.
     """
 
     step: Callable[[], Mapping[str, float] | None]

@@ -60,6 +60,7 @@ class _Lane:
 
 def run_case(case: Case, settings: Settings, *, say: Callable[[str], None]) -> list[Row]:
     """Measure every provider of ``case``; a provider that fails keeps a row that says why."""
+    settings = replace(settings, budget_s=settings.budget_s * case.budget_scale)
     groups = _groups(case)
     rows: dict[str, Row] = {}
     for index, group in enumerate(groups):
@@ -89,7 +90,7 @@ def _run_group(case: Case, providers: Sequence[Provider], settings: Settings, sa
             client = WorkerClient(provider, num_threads=settings.num_threads)
             lanes.append(_Lane(provider, client))
             _start(lanes[-1], case, settings)
-        for rep in range(settings.reps):
+        for rep in range(settings.reps if case.warm_up else settings.reps - 1):
             # Each round starts with another provider, so none always follows the same neighbour.
             first = rep % len(lanes)
             for lane in lanes[first:] + lanes[:first]:
@@ -119,6 +120,8 @@ def _start(lane: _Lane, case: Case, settings: Settings) -> None:
     # The first step also loads code, compiles and fills caches: it is thrown away, unless the
     # provider is so slow that it is all that the budget allows.
     lane.step(timeout_s=case.warm_up_timeout_s + settings.budget_s)
+    if not case.warm_up:
+        return
     if lane.seconds and lane.seconds[0] <= settings.budget_s:
         lane.seconds.clear()
         lane.metrics.clear()
@@ -151,17 +154,20 @@ def _row(case: Case, lane: _Lane) -> Row:
     )
     if not seconds:
         return row
-    names = {name for measures in lane.metrics for name in measures} - {"wall_s"}
+    names = {name for measures in lane.metrics for name in measures}
+    metrics = {
+        name: quantile([measures[name] for measures in lane.metrics if name in measures], 0.5) for name in sorted(names)
+    }
+    metrics.pop("wall_s", None)
     return replace(
         row,
+        work=metrics.pop("work", case.work),
+        peak_mib=metrics.pop("peak_mib", row.peak_mib),
         seconds=tuple(seconds),
         median_s=quantile(seconds, 0.5),
         p20_s=quantile(seconds, 0.2),
         p80_s=quantile(seconds, 0.8),
-        metrics={
-            name: quantile([measures[name] for measures in lane.metrics if name in measures], 0.5)
-            for name in sorted(names)
-        },
+        metrics=metrics,
     )
 
 

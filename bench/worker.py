@@ -10,9 +10,11 @@ A failure answers ``{"error": ..., "unavailable": bool}``. What libraries print 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -22,6 +24,8 @@ from bench.environment import scrub
 from bench.memory import MIB, peak_of, resident_mib, settle
 from bench.model import Trial, UnavailableError
 from bench.timing import time_step
+
+PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 
 class Worker:
@@ -79,6 +83,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     worker = Worker()
+    _end_with_parent()
     try:
         for line in sys.stdin:
             request = json.loads(line)
@@ -93,6 +98,12 @@ def main() -> None:
             print(json.dumps(reply), file=answers, flush=True)
     finally:
         worker.close()
+
+
+def _end_with_parent() -> None:
+    """Leave in good order, children and all, on SIGTERM, which also comes when the parent dies."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

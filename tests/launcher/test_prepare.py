@@ -1,0 +1,92 @@
+"""Bad input is refused before any model is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.tiny import make_tokenizer
+
+from kdflow.errors import ConfigError, DataError
+from kdflow.launcher.prepare import RUN_ENTRIES, open_output, prepare
+
+
+def jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+QUESTION = {"messages": [{"role": "user", "content": "Why?"}]}
+ANSWERED = {"messages": [*QUESTION["messages"], {"role": "assistant", "content": "Because."}]}
+
+
+def test_prepared(run_config) -> None:
+    prepared = prepare(run_config())
+    assert len(prepared.train.samples) == 36
+    assert prepared.held_out is not None
+    assert len(prepared.held_out.samples) == 4
+    assert prepared.slot_bytes in (256 * 48 * 4, 256 * 48 * 2)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"teacher__backend": "sglagn"}, ConfigError, 'unknown teacher backend "sglagn"'),
+        ({"algorithm__name": "vanila"}, ConfigError, 'did you mean "vanilla"'),
+        ({"algorithm__divergence": "fkl"}, ConfigError, "forward_kl"),
+        ({"algorithm__divergence": "jsd", "algorithm__divergence_args": "{beta: 2}"}, ConfigError, "beta"),
+        ({"algorithm__divergence_args": "{bta: 1}"}, ConfigError, "bta"),
+        ({"teacher__model": "/nowhere"}, ConfigError, "/nowhere is no folder"),
+        ({"student__model": "/nowhere"}, ConfigError, "/nowhere is no folder"),
+        ({"data__train": "/nowhere.jsonl"}, DataError, "no file /nowhere.jsonl"),
+        ({"data__eval": "/nowhere.jsonl"}, DataError, "no file /nowhere.jsonl"),
+        ({"data__num_eval_samples": 40}, DataError, "40 of them to be held out"),
+    ],
+)
+def test_refused(run_config, options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        prepare(run_config(**options))
+    assert message in str(caught.value)
+
+
+def test_rows_without_assistant_turns(run_config, tmp_path: Path) -> None:
+    some = jsonl(tmp_path / "some.jsonl", [QUESTION, ANSWERED, ANSWERED, QUESTION])
+    prepared = prepare(run_config(data__train=some, data__eval=some, data__num_eval_samples=2))
+    assert prepared.train.report.skipped == {"no assistant turn": 2}
+    none = jsonl(tmp_path / "none.jsonl", [QUESTION] * 3)
+    with pytest.raises(DataError, match="3 skipped: no assistant turn"):
+        prepare(run_config(data__train=none, data__num_eval_samples=0))
+    empty = jsonl(tmp_path / "empty.jsonl", [])
+    with pytest.raises(DataError, match="holds no rows"):
+        prepare(run_config(data__train=empty))
+
+
+def test_different_vocabularies(run_config, tiny: Path, tmp_path: Path) -> None:
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny / "teacher", other)
+    make_tokenizer("quite another text " * 30).save_pretrained(other)
+    with pytest.raises(ConfigError, match="have different vocabularies") as error:
+        prepare(run_config(teacher__model=other))
+    assert "cross-tokenizer algorithm" in str(error.value)
+
+
+def test_output_folder(run_config, tmp_path: Path) -> None:
+    config = run_config()
+    folder = open_output(config)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "mine.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="holds a run; add --resume=true"):
+        open_output(config)
+    open_output(run_config(resume="true"))
+    assert (folder / "metrics.jsonl").exists()
+    with pytest.raises(ConfigError, match="resume: seed was 0 .* now it is 1"):
+        open_output(run_config(resume="true", seed=1))
+    open_output(run_config(overwrite="true"))
+    assert not (folder / "metrics.jsonl").exists()
+    assert (folder / "mine.txt").exists()
+    assert {p.name for p in folder.iterdir()} <= {*RUN_ENTRIES, "mine.txt"}
+    with pytest.raises(ConfigError, match="holds no run"):
+        open_output(run_config(output_dir=tmp_path / "new", resume="true"))

@@ -55,7 +55,10 @@ def format_percent(percent: float | None) -> str:
 def remarks(row: Row) -> str:
     """The note, and the status where it is not plain success."""
     status = "" if row.status == "ok" else row.status
-    metrics = ", ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
+    measures = {**row.metrics, **{k: v for k, v in row.check.items() if k.startswith("error_")}}
+    if "error_dW" in measures:
+        measures["loss"] = row.check["loss"]
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
     return ": ".join(part for part in (status, row.note) if part) + (f" [{metrics}]" if metrics else "")
 
 

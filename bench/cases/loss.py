@@ -28,6 +28,16 @@ PROVIDERS = (
     Provider("trl", f"{MODULE}:trl"),
 )
 NATIVE_FLOOR = Provider("4 GEMMs", f"{MODULE}:gemms", "floor")
+FILTER = "bench.cases.loss_filter"
+FILTER_PROVIDERS = (
+    Provider("4 GEMMs", f"{FILTER}:gemms", "floor"),
+    Provider("kdflow, exact", f"{FILTER}:exact", "ours"),
+    Provider("kdflow, eps 2e-5", f"{FILTER}:eps_2e_5", "ours"),
+    Provider("kdflow, eps 6e-5", f"{FILTER}:eps_6e_5", "ours"),
+    Provider("kdflow, eps 2e-4", f"{FILTER}:eps_2e_4", "ours"),
+)
+# As a training begins, and about as it ends: the fewer layers are gone, the closer the two are.
+FILTER_STUDENT_LAYERS = (10, 29)
 # A CPU without bf16 instructions emulates bf16 GEMMs, often slower than fp32 ones on operands cast
 # up first. The floor is the faster of the two, casts included; without the casts it is a bound.
 UPCAST_FLOOR = Provider("4 GEMMs in fp32, casts included", f"{MODULE}:upcast_gemms", "floor")
@@ -88,10 +98,32 @@ def cases(
             for divergence in divergences or DIVERGENCES
         ]
     grid = [(shape, main, DIVERGENCES[0]) for shape in chosen]
+    filters: list[Case] = []
     if not quick:
+        filters = [filter_case(layers, main, device) for layers in FILTER_STUDENT_LAYERS]
         grid += [(chosen[0], main, divergence) for divergence in DIVERGENCES[1:]]
         grid.append((chosen[0], other, DIVERGENCES[0]))
-    return [_case(*point, device) for point in grid]
+    return [*(_case(*point, device) for point in grid), *filters]
+
+
+def filter_case(student_layers: int, dtype: str, device: str) -> Case:
+    """``grad_filter_eps`` on the quickstart's models, the student cut to so many layers."""
+    shape = Shape(1024, 49152, 576, 576)
+    return Case(
+        suite="loss",
+        name=f"grad_filter_eps {dtype}, SmolLM2-135M and its cut to {student_layers} layers, {shape}",
+        params={
+            "config": "examples/quickstart.yaml",
+            "student_layers": student_layers,
+            "num_rows": shape.num_rows,
+            "dtype": dtype,
+            "device": device,
+        },
+        providers=FILTER_PROVIDERS,
+        work=shape.flops,
+        unit="flop",
+        worker_mib=1500,
+    )
 
 
 def _case(shape: Shape, dtype: str, divergence: str, device: str) -> Case:

@@ -204,23 +204,23 @@ def trl(params: Params) -> Trial:
 
 def gemms(params: Params) -> Trial:
     """Both projections and the two gradient GEMMs in the case's dtype, into buffers made before."""
-    return _gemm_trial(Inputs.make(params), cast_inside=False)
+    return gemm_trial(Inputs.make(params), cast_inside=False)
 
 
 def upcast_gemms(params: Params) -> Trial:
     """The same in fp32, operands cast up and gradients cast down inside the step."""
-    return _gemm_trial(Inputs.make(params), cast_inside=True)
+    return gemm_trial(Inputs.make(params), cast_inside=True)
 
 
 def fp32_gemms(params: Params) -> Trial:
     """The same in fp32 on operands cast up before."""
     inputs = Inputs.make(params)
     raised = [tensor.detach().float() for tensor in vars(inputs).values()]
-    return _gemm_trial(Inputs(*raised), cast_inside=False)
+    return gemm_trial(Inputs(*raised), cast_inside=False)
 
 
 @torch.no_grad()
-def _gemm_trial(inputs: Inputs, *, cast_inside: bool) -> Trial:
+def gemm_trial(inputs: Inputs, *, cast_inside: bool) -> Trial:
     operands = [tensor.detach() for tensor in vars(inputs).values()]
     dtype = torch.float32 if cast_inside else operands[0].dtype
     raised = [torch.empty_like(tensor, dtype=dtype) for tensor in operands] if cast_inside else []

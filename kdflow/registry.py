@@ -59,7 +59,5 @@ class Registry(Generic[T]):
             importlib.import_module(self._builtin[name])
         if name not in self._entries:
             known = self.names()
-            raise ConfigError(
-                f'unknown {self.kind} "{name}"{nearest(name, known)} (known: {", ".join(known)})'
-            )
+            raise ConfigError(f'unknown {self.kind} "{name}"{nearest(name, known)} (known: {", ".join(known)})')
         return self._entries[name]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kdflow.config import RunConfig, dump_config, load_config, option_names
+from kdflow.config import TrainingConfig, dump_config, load_config, option_names
 from kdflow.errors import ConfigError
 
 MINIMAL = ["--output_dir=o", "--teacher.model=t", "--student.model=s", "--data.train=d.jsonl"]
@@ -25,7 +25,7 @@ def test_file_and_overrides(tmp_path: Path) -> None:
     config = load_config(path, ["--training.num_steps=9", "--algorithm.divergence_args.beta=0.2"])
     assert config.training.num_steps == 9
     assert config.algorithm.divergence_args == {"beta": 0.2}
-    assert config.training.samples_per_step == RunConfig.__dataclass_fields__["training"].default_factory().samples_per_step  # type: ignore[misc]
+    assert config.training.samples_per_step == TrainingConfig().samples_per_step
 
 
 def test_dump_reads_back(tmp_path: Path) -> None:

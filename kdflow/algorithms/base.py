@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from kdflow_kernels import KDLossOutput
 
 from kdflow.config import AlgorithmConfig
 from kdflow.registry import Registry
 from kdflow.types import LossRows
+from kdflow_kernels import KDLossOutput
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,4 @@ class Algorithm(Protocol):
         ...
 
 
-ALGORITHMS: Registry[type[Algorithm]] = Registry(
-    "algorithm", {"vanilla": "kdflow.algorithms.vanilla"}
-)
+ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm", {"vanilla": "kdflow.algorithms.vanilla"})

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from kdflow_kernels import ForwardKL, KDLossOutput, fused_kd_loss, get_divergence
 
 from kdflow.algorithms.base import ALGORITHMS, ModelInfo
 from kdflow.config import AlgorithmConfig
 from kdflow.errors import ConfigError
 from kdflow.types import LossRows
+from kdflow_kernels import ForwardKL, KDLossOutput, fused_kd_loss, get_divergence
 
 
 @ALGORITHMS.register("vanilla")
@@ -60,9 +60,7 @@ class Vanilla:
             ce_weight=1.0,
         )
 
-    def _tensors(
-        self, student: LossRows, teacher: LossRows, shift_labels: torch.Tensor
-    ) -> dict[str, Any]:
+    def _tensors(self, student: LossRows, teacher: LossRows, shift_labels: torch.Tensor) -> dict[str, Any]:
         """What both calls say of the two sides."""
         return {
             "student_input": student.hidden,

@@ -59,9 +59,7 @@ class ChatTokenizer:
             loss_mask |= (starts >= begin) & (ends <= end) & (ends > starts)
         return Sample(np.asarray(encoded["input_ids"], dtype=np.int32), loss_mask, sample_id)
 
-    def _render(
-        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
-    ) -> str:
+    def _render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
         return self._tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )

@@ -56,9 +56,7 @@ def _from_jsonl(path: Path) -> Iterator[Row]:
             except json.JSONDecodeError as error:
                 raise DataError(f"data: {path}:{number}: not JSON: {error}") from None
             if not isinstance(row, dict):
-                raise DataError(
-                    f"data: {path}:{number}: expected an object, got {line.strip()[:60]}"
-                )
+                raise DataError(f"data: {path}:{number}: expected an object, got {line.strip()[:60]}")
             yield row
 
 
@@ -78,23 +76,17 @@ def _from_datasets(source: str, kind: str) -> list[Row]:
     try:
         import datasets
     except ImportError:
-        raise DataError(
-            f"data: {source} needs the package datasets: pip install datasets"
-        ) from None
+        raise DataError(f"data: {source} needs the package datasets: pip install datasets") from None
     if kind == "parquet":
         data = datasets.Dataset.from_parquet(str(_existing(Path(source))))
     elif kind == "folder":
         data = datasets.load_from_disk(source)
         if isinstance(data, datasets.DatasetDict):
-            raise DataError(
-                f"data: {source} holds splits {sorted(data)}: give one of their folders"
-            )
+            raise DataError(f"data: {source} holds splits {sorted(data)}: give one of their folders")
     else:
         repo, _, split = source.partition(":")
         try:
             data = datasets.load_dataset(repo, split=split or "train")
         except (OSError, ValueError) as error:
-            raise DataError(
-                f"data: {source} is no file, no folder and no hub id: {error}"
-            ) from None
+            raise DataError(f"data: {source} is no file, no folder and no hub id: {error}") from None
     return list(data)

@@ -151,9 +151,7 @@ def _attach(spec: RankSpec, rank: int, stack: ExitStack) -> HiddenStatesClient:
     )
 
 
-def _observers(
-    config: RunConfig, folder: Path, num_steps_done: int, stack: ExitStack
-) -> list[Progress | Recorder]:
+def _observers(config: RunConfig, folder: Path, num_steps_done: int, stack: ExitStack) -> list[Progress | Recorder]:
     recorder = Recorder(folder)
     progress = Progress(
         config.training.num_steps,

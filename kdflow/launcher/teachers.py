@@ -77,8 +77,7 @@ class TeacherProcess:
         if code is not None:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise TeacherDied(
-                f"teacher process {self.pid} ended with {how}; its last lines "
-                f"({self._log}):\n{self._tail()}"
+                f"teacher process {self.pid} ended with {how}; its last lines ({self._log}):\n{self._tail()}"
             )
 
     def _tail(self) -> str:

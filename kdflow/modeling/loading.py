@@ -72,9 +72,7 @@ def load_decoder(model: str, dtype: torch.dtype) -> Any:
         ConfigError: no such model.
     """
     load_model_config(model)
-    return AutoModel.from_pretrained(
-        _source(model), dtype=dtype, attn_implementation=PACKED_ATTENTION
-    ).eval()
+    return AutoModel.from_pretrained(_source(model), dtype=dtype, attn_implementation=PACKED_ATTENTION).eval()
 
 
 def load_lm_head(model: str, dtype: torch.dtype) -> LMHead:
@@ -121,9 +119,7 @@ def _tensor_files(model: str) -> dict[str, str]:
         return {name: str(paths[shard]) for name, shard in names.items()}
     single = _file(model, "model.safetensors")
     if single is None:
-        raise ConfigError(
-            f"{model}: expected safetensors files, found none; convert the checkpoint"
-        )
+        raise ConfigError(f"{model}: expected safetensors files, found none; convert the checkpoint")
     with safe_open(single, framework="pt") as tensors:
         return dict.fromkeys(tensors.keys(), single)
 

@@ -19,9 +19,7 @@ class Progress:
         console: where to write; its being a terminal decides the form.
     """
 
-    def __init__(
-        self, num_steps: int, *, first_step: int, log_every: int, console: Console
-    ) -> None:
+    def __init__(self, num_steps: int, *, first_step: int, log_every: int, console: Console) -> None:
         self._console = console
         self._log_every = log_every
         self._num_steps = num_steps

@@ -66,9 +66,7 @@ class CheckpointStore:
         """
         path = self.newest()
         if path is None:
-            raise CheckpointError(
-                f"resume: no checkpoint in {self._folder}; start without --resume"
-            )
+            raise CheckpointError(f"resume: no checkpoint in {self._folder}; start without --resume")
         state = _state(student)
         try:
             dcp.load(state, checkpoint_id=path)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from kdflow_kernels import KDLossOutput
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -22,6 +21,7 @@ from kdflow.algorithms import Algorithm
 from kdflow.config import OptimizerConfig, StudentConfig
 from kdflow.modeling import forward_hidden_states, head_options, load_causal_lm, resolve_dtype
 from kdflow.types import LMHead, LossRows, Microbatch
+from kdflow_kernels import KDLossOutput
 
 TeacherRows = Callable[[], torch.Tensor]
 
@@ -144,9 +144,7 @@ class FSDP2Student:
         return norm.full_tensor(), learning_rate
 
     @torch.no_grad()
-    def evaluate(
-        self, microbatch: Microbatch, teacher_rows: TeacherRows, *, num_items: float
-    ) -> KDLossOutput:
+    def evaluate(self, microbatch: Microbatch, teacher_rows: TeacherRows, *, num_items: float) -> KDLossOutput:
         """Sums of KL and cross-entropy over the microbatch's rows, divided by `num_items`."""
         self.module.eval()
         output = self.module(microbatch, teacher_rows, num_items, False)

@@ -57,15 +57,10 @@ class _Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self._parent = os.getppid()
         torch.set_num_threads(spec.num_threads)
-        self._teacher: Teacher = TEACHERS.get(spec.teacher.backend)(
-            spec.teacher, worker=spec.worker
-        )
+        self._teacher: Teacher = TEACHERS.get(spec.teacher.backend)(spec.teacher, worker=spec.worker)
         self._server = HiddenStatesServer(
             RequestRing.attach(spec.requests, role="consumer"),
-            {
-                rank: HiddenRing.attach(handle, role="producer")
-                for rank, handle in enumerate(spec.hidden)
-            },
+            {rank: HiddenRing.attach(handle, role="producer") for rank, handle in enumerate(spec.hidden)},
             timeout_s=spec.timeout_s,
         )
         ready = {"hidden_size": self._teacher.hidden_size, "dtype": str(self._teacher.dtype)}

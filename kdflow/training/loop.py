@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
-from kdflow_kernels import KDLossOutput
 
 from kdflow.data import Step
 from kdflow.errors import TrainingError
 from kdflow.training.metrics import EvalMetrics, StepMetrics, Totals, perplexity
 from kdflow.training.schedule import Evaluation
 from kdflow.types import Microbatch
+from kdflow_kernels import KDLossOutput
 
 TeacherRows = Callable[[], torch.Tensor]
 
@@ -30,9 +30,7 @@ class Student(Protocol):
 
     def optimizer_step(self, index: int) -> tuple[torch.Tensor, float]: ...
 
-    def evaluate(
-        self, microbatch: Microbatch, teacher_rows: TeacherRows, *, num_items: float
-    ) -> KDLossOutput: ...
+    def evaluate(self, microbatch: Microbatch, teacher_rows: TeacherRows, *, num_items: float) -> KDLossOutput: ...
 
 
 class HiddenRows(Protocol):
@@ -177,12 +175,8 @@ class Trainer:
         for microbatch in evaluation.microbatches:
             with next(rows) as pending:
                 assert pending.microbatch is microbatch
-                output = self._student.evaluate(
-                    microbatch, pending.tensor, num_items=evaluation.num_loss_tokens
-                )
-                totals.add(
-                    output, microbatch.num_loss_tokens, prefill_s=pending.prefill_s, wait_s=0.0
-                )
+                output = self._student.evaluate(microbatch, pending.tensor, num_items=evaluation.num_loss_tokens)
+                totals.add(output, microbatch.num_loss_tokens, prefill_s=pending.prefill_s, wait_s=0.0)
         means, _ = totals.reduce(evaluation.num_loss_tokens, loss_scale=1.0)
         metrics = EvalMetrics(
             step=evaluation.num_steps_done,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
 from kdflow_kernels import KDLossOutput
 
 
@@ -87,9 +88,7 @@ class Totals:
         self._prefill_s += prefill_s
         self._wait_s += wait_s
 
-    def reduce(
-        self, num_loss_tokens: int, *, loss_scale: float, stop: bool = False
-    ) -> tuple[dict[str, float], bool]:
+    def reduce(self, num_loss_tokens: int, *, loss_scale: float, stop: bool = False) -> tuple[dict[str, float], bool]:
         """Means over all ranks' tokens, and whether any rank wants to stop.
 
         Args:

@@ -130,9 +130,7 @@ class HiddenStatesClient:
         timeout_s: longest wait for one answer or for room to ask, seconds.
     """
 
-    def __init__(
-        self, requests: RequestRing, hidden: HiddenRing, *, rank: int, timeout_s: float
-    ) -> None:
+    def __init__(self, requests: RequestRing, hidden: HiddenRing, *, rank: int, timeout_s: float) -> None:
         self._requests = requests
         self._hidden = hidden
         self._rank = rank
@@ -155,9 +153,7 @@ class HiddenStatesClient:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         request = PrefillRequest(self._rank, ticket, microbatch)
         self._requests.send(request.encode(), timeout_s=self._timeout_s)
-        return PendingRows(
-            microbatch, lambda: self._hidden.receive(ticket, timeout_s=self._timeout_s)
-        )
+        return PendingRows(microbatch, lambda: self._hidden.receive(ticket, timeout_s=self._timeout_s))
 
 
 class HiddenStatesServer:
@@ -169,9 +165,7 @@ class HiddenStatesServer:
         timeout_s: longest wait for a slot, seconds.
     """
 
-    def __init__(
-        self, requests: RequestRing, hidden: dict[int, HiddenRing], *, timeout_s: float
-    ) -> None:
+    def __init__(self, requests: RequestRing, hidden: dict[int, HiddenRing], *, timeout_s: float) -> None:
         self._requests = requests
         self._hidden = hidden
         self._timeout_s = timeout_s

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.tiny import make_tokenizer
 
 from kdflow.config import DataConfig
 from kdflow.data import ChatTokenizer
 from kdflow.data.dataset import tokenize_rows
 from kdflow.errors import DataError
+from support.tiny import make_tokenizer
 
 TURNS = [
     {"role": "system", "content": "Be brief."},

@@ -10,18 +10,14 @@ from kdflow.types import Sample
 
 def make(lengths: list[int]) -> list[Sample]:
     rng = np.random.default_rng(0)
-    return [
-        Sample(rng.integers(0, 99, n).astype(np.int32), np.arange(n) >= n // 2, i) for i, n in enumerate(lengths)
-    ]
+    return [Sample(rng.integers(0, 99, n).astype(np.int32), np.arange(n) >= n // 2, i) for i, n in enumerate(lengths)]
 
 
 @given(st.lists(st.integers(2, 50), min_size=4, max_size=30), st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
 def test_every_cut_holds_the_same_samples(lengths: list[int], num_ranks: int) -> None:
     samples = make(lengths)
-    steps = [
-        pack_step(samples, tokens_per_microbatch=64, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)
-    ]
+    steps = [pack_step(samples, tokens_per_microbatch=64, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
     assert len({len(step.microbatches) for step in steps}) == 1
     microbatches = [m for step in steps for m in step.microbatches]
     assert all(0 < m.num_tokens <= 64 for m in microbatches)
@@ -32,9 +28,7 @@ def test_every_cut_holds_the_same_samples(lengths: list[int], num_ranks: int) ->
 
 
 def test_rank_without_samples_takes_part_without_loss() -> None:
-    steps = [
-        pack_step(make([60, 60, 60]), tokens_per_microbatch=64, rank=rank, num_ranks=2) for rank in range(2)
-    ]
+    steps = [pack_step(make([60, 60, 60]), tokens_per_microbatch=64, rank=rank, num_ranks=2) for rank in range(2)]
     assert [[m.num_loss_tokens for m in step.microbatches] for step in steps] == [[30, 30], [30, 0]]
     assert steps[1].microbatches[1].num_tokens == 60
 

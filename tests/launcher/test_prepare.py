@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from support.tiny import make_tokenizer
 
 from kdflow.errors import ConfigError, DataError
 from kdflow.launcher.prepare import RUN_ENTRIES, open_output, prepare
+from support.tiny import make_tokenizer
 
 
 def jsonl(path: Path, rows: list[dict]) -> Path:

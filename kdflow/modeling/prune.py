@@ -34,7 +34,7 @@ def prune_layers(model: Any, num_kept: int) -> Any:
     for index, layer in enumerate(decoder.layers):
         for module in layer.modules():
             if "layer_idx" in vars(module):
-                module.layer_idx = index
+                vars(module)["layer_idx"] = index
     config.num_hidden_layers = num_kept
     if config.to_dict().get("layer_types"):
         config.layer_types = [config.layer_types[i] for i in kept]

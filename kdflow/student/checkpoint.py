@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict_loader as dcp_loader
+import torch.distributed.checkpoint.state_dict_saver as dcp_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
@@ -44,7 +46,7 @@ class CheckpointStore:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         dist.barrier()
-        dcp.save(_state(student), checkpoint_id=aside)
+        dcp_saver.save(_state(student), checkpoint_id=aside)
         torch.save(_rng_state(), aside / f"rng-{dist.get_rank()}.pt")
         dist.barrier()
         if first:
@@ -69,8 +71,8 @@ class CheckpointStore:
             raise CheckpointError(f"resume: no checkpoint in {self._folder}; start without --resume")
         state = _state(student)
         try:
-            dcp.load(state, checkpoint_id=path)
-        except (dcp.api.CheckpointException, ValueError, RuntimeError) as error:
+            dcp_loader.load(state, checkpoint_id=path)
+        except (CheckpointException, ValueError, RuntimeError) as error:
             raise CheckpointError(f"resume: {path} is not of this student: {error}") from None
         set_state_dict(
             student.module,

@@ -24,6 +24,8 @@ def export_model(student: FSDP2Student, tokenizer: Any, folder: Path) -> None:
         with torch.device("meta"):  # carries config and names; the weights come from the state
             shell = AutoModelForCausalLM.from_config(student.model.config, dtype=torch.bfloat16)
         shell.generation_config = student.model.generation_config
-        shell.save_pretrained(folder, state_dict={n: w.to(torch.bfloat16) for n, w in weights.items()})
+        shell.save_pretrained(
+            folder, state_dict={n: w.to(torch.bfloat16) for n, w in weights.items() if isinstance(w, torch.Tensor)}
+        )
         tokenizer.save_pretrained(folder)
     dist.barrier()

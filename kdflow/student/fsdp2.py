@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from kdflow.algorithms import Algorithm
@@ -118,7 +118,7 @@ class FSDP2Student:
             num_items: loss tokens of the whole step, over all ranks and microbatches.
             last: the step's last microbatch; gradients are reduced with it alone.
         """
-        self.module.set_requires_gradient_sync(last)
+        cast(FSDPModule, self.module).set_requires_gradient_sync(last)
         # FSDP averages gradients over ranks; the sum over ranks is wanted.
         output = self.module(microbatch, teacher_rows, num_items / self.num_ranks, True)
         output.loss.backward()

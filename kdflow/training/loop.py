@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Protocol
 
 import torch
@@ -45,7 +46,9 @@ class HiddenRows(Protocol):
 
     def __enter__(self) -> HiddenRows: ...
 
-    def __exit__(self, *exc: object) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 class HiddenStates(Protocol):

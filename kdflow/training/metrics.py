@@ -68,8 +68,8 @@ class EvalMetrics:
 class Totals:
     """Adds up loss outputs on the device; one device wait, when the sums are read."""
 
-    _MEANS = ("student_entropy", "teacher_entropy", "top1_agreement")
-    _SUMS = ("loss", "kd_loss", "ce_loss")
+    _MEANS: tuple[str, ...] = ("student_entropy", "teacher_entropy", "top1_agreement")
+    _SUMS: tuple[str, ...] = ("loss", "kd_loss", "ce_loss")
 
     def __init__(self, device: torch.device) -> None:
         self._values = torch.zeros(len(self._SUMS) + len(self._MEANS), device=device)
@@ -101,7 +101,7 @@ class Totals:
         dist.all_reduce(values)
         dist.all_reduce(wait_s, op=dist.ReduceOp.MAX)
         *numbers, prefill_s, stops = values.tolist()
-        result = dict(zip((*self._SUMS, *self._MEANS), numbers, strict=True))
+        result: dict[str, float] = dict(zip((*self._SUMS, *self._MEANS), numbers, strict=True))
         for name in self._SUMS:
             result[name] *= loss_scale
         for name in self._MEANS:

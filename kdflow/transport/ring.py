@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from kdflow import _ring
 from kdflow.errors import TransportError
@@ -140,7 +140,7 @@ class _Slot:
         with torch.no_grad():
             for tensor in tensors:
                 torch.autograd.graph.increment_version(tensor)  # a backward through it raises
-                tensor.set_()  # no elements are left in it
+                tensor.set_()  # no elements are left in it  # pyright: ignore[reportCallIssue]
 
 
 class WriteSlot(_Slot):

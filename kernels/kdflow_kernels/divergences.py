@@ -42,9 +42,7 @@ class Divergence:
         """
         raise NotImplementedError
 
-    def terms(
-        self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def terms(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """``pointwise`` for a caller that has the probabilities at hand; override it to save their exp."""
         return self.pointwise(log_p, log_q)
 
@@ -81,11 +79,15 @@ def register_divergence(name: str) -> Callable[[_DivergenceType], _DivergenceTyp
                 "below @register_divergence"
             )
         if cls.is_pointwise() == (cls.rows is not Divergence.rows):
-            raise TypeError(f"register_divergence({name!r}): {cls.__name__} must override exactly one of pointwise and rows")
+            raise TypeError(
+                f"register_divergence({name!r}): {cls.__name__} must override exactly one of pointwise and rows"
+            )
         known = _REGISTRY.get(name)
         # The same class defined again (a reloaded module, a notebook cell run twice) replaces its former self.
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"register_divergence: {name!r} is already {known.__module__}.{known.__qualname__}; choose another name")
+            raise ValueError(
+                f"register_divergence: {name!r} is already {known.__module__}.{known.__qualname__}; choose another name"
+            )
         cls.name = name
         _REGISTRY[name] = cls
         return cls

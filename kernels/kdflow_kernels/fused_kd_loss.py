@@ -4,7 +4,7 @@ Shape suffixes: N rows, Vs and Vt vocabularies of student and teacher, Hs and Ht
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,9 +108,7 @@ def fused_kd_loss(
         teacher_input = None if teacher_input is None else teacher_input.to(dtype)
         teacher_weight = None if teacher_weight is None else teacher_weight.to(dtype)
 
-    student = Head(
-        student_input, student_weight, student_bias, student_logit_scale, student_softcap, student_token_ids
-    )
+    student = Head(student_input, student_weight, student_bias, student_logit_scale, student_softcap, student_token_ids)
     teacher = None
     if teacher_input is not None and teacher_weight is not None:
         teacher = Head(
@@ -131,9 +129,7 @@ def fused_kd_loss(
     num_rows = student_input.shape[0]
     keep = None if shift_labels is None else shift_labels != ignore_index
     accumulate = torch.promote_types(student_input.dtype, torch.float32)
-    num_tokens = (
-        torch.tensor(num_rows, device=student_input.device) if keep is None else keep.sum()
-    )
+    num_tokens = torch.tensor(num_rows, device=student_input.device) if keep is None else keep.sum()
     scale = torch.ones(num_rows, device=student_input.device, dtype=accumulate)
     if row_weight is not None:
         scale = row_weight.detach().to(accumulate)
@@ -235,9 +231,7 @@ def _row_loss(problem: Problem, terms: RowTerms) -> Tensor:
 def _run_chunked(problem: Problem, *, per_row: bool) -> tuple[Tensor, RowTerms]:
     student = problem.student
     tracked = (student.input, student.weight, student.bias)
-    needs = GradientNeeds(
-        *(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tracked)
-    )
+    needs = GradientNeeds(*(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tracked))
     results: list[RowTerms] = []
     loss = _ChunkedLoss.apply(*tracked, problem, needs, per_row, results)
     return loss, results[0]
@@ -280,9 +274,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     gradient.mul_(grad_loss)
         gradients = [
             None if gradient is None else gradient.to(tensor.dtype)
-            for gradient, tensor in zip(
-                (gradients.input, gradients.weight, gradients.bias), tensors, strict=True
-            )
+            for gradient, tensor in zip((gradients.input, gradients.weight, gradients.bias), tensors, strict=True)
         ]
         return *gradients, None, None, None, None
 
@@ -371,12 +363,13 @@ class FusedKDLoss(nn.Module):
             student_softcap=self.student_softcap,
             teacher_softcap=self.teacher_softcap,
             vocab_size=self.vocab_size,
-            student_token_ids=self.student_token_ids,
-            teacher_token_ids=self.teacher_token_ids,
+            student_token_ids=cast("Tensor | None", self.student_token_ids),
+            teacher_token_ids=cast("Tensor | None", self.teacher_token_ids),
             chunk_size=self.chunk_size,
             grad_filter_eps=self.grad_filter_eps,
             backend=self.backend,
         )
 
     def extra_repr(self) -> str:
-        return f"{self.divergence}, temperature={self.temperature}, kd_weight={self.kd_weight}, ce_weight={self.ce_weight}"
+        weights = f"kd_weight={self.kd_weight}, ce_weight={self.ce_weight}"
+        return f"{self.divergence}, temperature={self.temperature}, {weights}"

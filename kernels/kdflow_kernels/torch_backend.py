@@ -178,8 +178,10 @@ class _Run:
         for start in range(0, self.num_rows, max(self.group_size, 1)):
             rows = slice(start, min(start + self.group_size, self.num_rows))
             num_rows = rows.stop - rows.start
-            blocks = [block[: num_rows * tile.width].view(num_rows, -1)
-                      for block, tile in zip(self.student_blocks, self.tiles, strict=True)]
+            blocks = [
+                block[: num_rows * tile.width].view(num_rows, -1)
+                for block, tile in zip(self.student_blocks, self.tiles, strict=True)
+            ]
             self._logits_to_gradients(rows, blocks)
             if self.needs:
                 self._multiply(rows, blocks)
@@ -208,7 +210,7 @@ class _Run:
     def _row_step(self, rows: slice, z: Tensor, parts: tuple[Tensor, ...]) -> None:
         """Logits in parts, one part a tile, become gradients; z (r, V) is room for the whole rows."""
         widths = [tile.width for tile in self.tiles]
-        torch._foreach_copy_(z.split(widths, dim=1), parts)
+        torch._foreach_copy_(z.split(widths, dim=1), parts)  # pyright: ignore[reportPrivateImportUsage]
         teacher_z = None
         if self.teacher_rows is not None:
             start = rows.start % self.group_size % self.chunk_size
@@ -224,7 +226,7 @@ class _Run:
         if gradient is not None:
             if gradient.shape[1] < self.num_columns:
                 gradient = torch.nn.functional.pad(gradient, (0, self.num_columns - gradient.shape[1]))
-            torch._foreach_copy_(parts, gradient.split(widths, dim=1))
+            torch._foreach_copy_(parts, gradient.split(widths, dim=1))  # pyright: ignore[reportPrivateImportUsage]
         # Copied at once: small tensors that outlive a step would keep its large ones from being allocated anew in the
         # same place (646 MiB instead of 157 MiB at N=1024, V=64000).
         for field in fields(RowTerms):

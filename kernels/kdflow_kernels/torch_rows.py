@@ -43,7 +43,7 @@ def step(
 
     ce = ce_probs = None
     # At temperature 1 over the same columns both terms share one softmax.
-    shared = temperature == 1.0 and K == student_logits.shape[1]
+    shared = temperature == 1.0 and student_logits.shape[1] == K
     if labels is not None:
         ce_log_probs = log_q
         if not shared:

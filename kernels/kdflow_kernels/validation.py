@@ -157,7 +157,9 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device} (student_input), got {tensor.device}; move it with .to()")
+        raise ValueError(
+            f"{name}: expected device {like.device} (student_input), got {tensor.device}; move it with .to()"
+        )
 
 
 def _check_vocabularies(student: Head, teacher: Head | None, vocab_size: int | None) -> int:
@@ -166,7 +168,9 @@ def _check_vocabularies(student: Head, teacher: Head | None, vocab_size: int | N
     num_teacher = num_student if teacher is None else teacher.weight.shape[0]
     if student_ids is not None or teacher_ids is not None:
         if vocab_size is not None:
-            raise ValueError("vocab_size: cannot be combined with student_token_ids and teacher_token_ids; pass one of them")
+            raise ValueError(
+                "vocab_size: cannot be combined with student_token_ids and teacher_token_ids; pass one of them"
+            )
         if teacher is not None and (student_ids is None or teacher_ids is None):
             missing = "student_token_ids" if student_ids is None else "teacher_token_ids"
             raise ValueError(f"{missing}: got None with the other given; the ids pair up, pass both")
@@ -201,7 +205,9 @@ def _check_vocabularies(student: Head, teacher: Head | None, vocab_size: int | N
 
 def _check_ids(name: str, ids: Tensor, limit: int, like: Tensor) -> None:
     if ids.dtype != torch.int64 or ids.dim() != 1 or len(ids) == 0:
-        raise TypeError(f"{name}: expected int64 of shape (K,), K at least 1, got {ids.dtype} of shape {tuple(ids.shape)}")
+        raise TypeError(
+            f"{name}: expected int64 of shape (K,), K at least 1, got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
     _check_device(name, ids, like)
     if not _values_are_checked(ids):
         return
@@ -209,7 +215,9 @@ def _check_ids(name: str, ids: Tensor, limit: int, like: Tensor) -> None:
     if low < 0 or high >= limit:
         raise ValueError(f"{name}: expected ids from 0 to {limit - 1}, got {low if low < 0 else high}")
     if int(ids.bincount().max()) > 1:
-        raise ValueError(f"{name}: expected distinct ids, got {int(ids.bincount().argmax())} more than once; drop the duplicates")
+        raise ValueError(
+            f"{name}: expected distinct ids, got {int(ids.bincount().argmax())} more than once; drop the duplicates"
+        )
 
 
 def check_rows(

@@ -82,7 +82,7 @@ def test_output_folder(run_config, tmp_path: Path) -> None:
         open_output(config)
     open_output(run_config(resume="true"))
     assert (folder / "metrics.jsonl").exists()
-    with pytest.raises(ConfigError, match="resume: seed was 0 .* now it is 1"):
+    with pytest.raises(ConfigError, match=r"resume: seed was 0 .* now it is 1"):
         open_output(run_config(resume="true", seed=1))
     open_output(run_config(overwrite="true"))
     assert not (folder / "metrics.jsonl").exists()

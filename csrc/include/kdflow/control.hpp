@@ -35,9 +35,7 @@ class Control {
   constexpr std::uint32_t futex_value() const { return static_cast<std::uint32_t>(word_); }
   constexpr bool valid() const { return (word_ & 7) < kNumPhases; }
   constexpr Phase phase() const { return static_cast<Phase>(word_ & 7); }
-  constexpr bool is(Phase phase, std::uint64_t lap) const {
-    return this->phase() == phase && this->lap() == lap;
-  }
+  constexpr bool is(Phase phase, std::uint64_t lap) const { return this->phase() == phase && this->lap() == lap; }
   constexpr bool waiting() const { return (word_ & kWaiting) != 0; }
   constexpr std::uint32_t owner() const { return (word_ >> 4) & 0xff; }
   constexpr std::uint64_t attempt() const { return (word_ >> 12) & kMaxAttempt; }
@@ -64,20 +62,16 @@ class Control {
   constexpr Control granted_again() const { return make(Phase::free, attempt() + 1, lap()); }
   constexpr Control ready_again() const { return make(Phase::ready, attempt() + 1, lap()); }
   // What becomes of the slot when its owner is gone.
-  constexpr Control orphaned() const {
-    return phase() == Phase::writing ? abandoned() : ready_again();
-  }
+  constexpr Control orphaned() const { return phase() == Phase::writing ? abandoned() : ready_again(); }
 
  private:
   static constexpr std::uint64_t kWaiting = 1u << 3;
 
   constexpr Control held(Phase phase, std::uint32_t peer) const {
-    return Control((word_ & ~std::uint64_t{0xff7}) | static_cast<std::uint64_t>(phase) |
-                   (std::uint64_t{peer} << 4));
+    return Control((word_ & ~std::uint64_t{0xff7}) | static_cast<std::uint64_t>(phase) | (std::uint64_t{peer} << 4));
   }
   constexpr Control make(Phase phase, std::uint64_t attempt, std::uint64_t lap) const {
-    return Control(static_cast<std::uint64_t>(phase) | (word_ & 0xff0) |
-                   ((attempt & kMaxAttempt) << 12) | (lap << 24));
+    return Control(static_cast<std::uint64_t>(phase) | (word_ & 0xff0) | ((attempt & kMaxAttempt) << 12) | (lap << 24));
   }
 
   std::uint64_t word_ = 0;  // all zero: free, lap 0

@@ -21,16 +21,14 @@ consteval std::array<std::uint32_t, 256> crc32c_table() {
   return table;
 }
 
-inline std::uint32_t crc32c_portable(std::uint32_t crc, const unsigned char* data,
-                                     std::size_t size) {
+inline std::uint32_t crc32c_portable(std::uint32_t crc, const unsigned char* data, std::size_t size) {
   static constexpr auto table = crc32c_table();
   for (; size > 0; --size) crc = (crc >> 8) ^ table[(crc ^ *data++) & 0xff];
   return crc;
 }
 
 #if defined(__x86_64__)
-__attribute__((target("sse4.2"))) inline std::uint32_t crc32c_sse42(std::uint32_t crc,
-                                                                    const unsigned char* data,
+__attribute__((target("sse4.2"))) inline std::uint32_t crc32c_sse42(std::uint32_t crc, const unsigned char* data,
                                                                     std::size_t size) {
   std::uint64_t wide = crc;
   for (; size >= 8; size -= 8, data += 8) {

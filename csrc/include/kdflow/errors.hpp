@@ -12,8 +12,7 @@
 namespace kdflow {
 
 struct TransportError : std::runtime_error {
-  explicit TransportError(const std::string& what,
-                          std::optional<std::uint64_t> ticket = std::nullopt)
+  explicit TransportError(const std::string& what, std::optional<std::uint64_t> ticket = std::nullopt)
       : std::runtime_error(what), ticket(ticket) {}
   std::optional<std::uint64_t> ticket;
 };

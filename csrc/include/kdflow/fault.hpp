@@ -18,8 +18,7 @@ struct FaultPlan {
 inline FaultPlan fault_plan;
 
 inline void fault_point(std::string_view point) {
-  if (fault_plan.point == nullptr || point != fault_plan.point || --fault_plan.countdown > 0)
-    return;
+  if (fault_plan.point == nullptr || point != fault_plan.point || --fault_plan.countdown > 0) return;
   ::kill(::getpid(), SIGKILL);
 }
 

@@ -29,8 +29,6 @@ inline void futex_wait(const void* word, std::uint32_t expected, std::chrono::na
   ::syscall(SYS_futex, word, FUTEX_WAIT, expected, &limit, nullptr, 0);
 }
 
-inline void futex_wake_all(const void* word) {
-  ::syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
-}
+inline void futex_wake_all(const void* word) { ::syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
 
 }  // namespace kdflow

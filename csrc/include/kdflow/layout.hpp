@@ -31,10 +31,8 @@ inline constexpr std::uint64_t kMagic = 0x31474e495246444b;  // "KDFRING1"
 inline constexpr std::uint32_t kVersion = 1;
 
 using AtomicWord = std::atomic<std::uint64_t>;
-static_assert(AtomicWord::is_always_lock_free,
-              "a lock inside an atomic would not work across processes");
-static_assert(std::endian::native == std::endian::little,
-              "the low half of the control word is its futex word");
+static_assert(AtomicWord::is_always_lock_free, "a lock inside an atomic would not work across processes");
+static_assert(std::endian::native == std::endian::little, "the low half of the control word is its futex word");
 
 enum class RingKind : std::uint32_t {
   data = 1,     // several producers, one consumer, payloads are read in place
@@ -120,9 +118,7 @@ inline constexpr std::size_t kCountersOffset = kCursorsOffset + sizeof(Cursors);
 inline constexpr std::size_t kPeersOffset = kCountersOffset + sizeof(Counters);
 inline constexpr std::size_t kSlotsOffset = kPeersOffset + kMaxPeers * sizeof(PeerEntry);
 
-constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t unit) {
-  return (value + unit - 1) / unit * unit;
-}
+constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Fills in every size that follows from num_slots and slot_bytes.
 inline void lay_out(Header& header, std::uint64_t page_bytes) {
@@ -136,13 +132,11 @@ inline void check_header(const Header& header, std::uint64_t mapped_bytes) {
   const auto fail = [](const std::string& what) { throw RingCorrupt("ring header: " + what); };
   if (header.magic != kMagic) fail("expected a kdflow ring, got another magic number");
   if (header.version != kVersion) {
-    fail("expected version " + std::to_string(kVersion) + ", got " +
-         std::to_string(header.version) + "; both sides must run the same kdflow");
+    fail("expected version " + std::to_string(kVersion) + ", got " + std::to_string(header.version) +
+         "; both sides must run the same kdflow");
   }
-  if (header.crc != header.expected_crc())
-    fail("its checksum does not match; the memory was overwritten");
-  if (header.kind != RingKind::data && header.kind != RingKind::request)
-    fail("unknown kind of ring");
+  if (header.crc != header.expected_crc()) fail("its checksum does not match; the memory was overwritten");
+  if (header.kind != RingKind::data && header.kind != RingKind::request) fail("unknown kind of ring");
   if (header.checksum > 1) fail("checksum flag is neither 0 nor 1");
   if (header.num_slots == 0 || header.num_slots > kMaxSlots) fail("num_slots out of range");
   if (header.slot_bytes == 0 || header.slot_bytes > kMaxSlotBytes) fail("slot_bytes out of range");
@@ -151,32 +145,25 @@ inline void check_header(const Header& header, std::uint64_t mapped_bytes) {
   for (const std::uint64_t page_bytes : {kPageBytes, kHugePageBytes}) {
     Header expected = header;
     lay_out(expected, page_bytes);
-    fits = fits ||
-           (expected.payload_offset == header.payload_offset &&
-            expected.payload_stride == header.payload_stride &&
-            expected.segment_bytes == header.segment_bytes && header.segment_bytes == mapped_bytes);
+    fits =
+        fits || (expected.payload_offset == header.payload_offset && expected.payload_stride == header.payload_stride &&
+                 expected.segment_bytes == header.segment_bytes && header.segment_bytes == mapped_bytes);
   }
   if (!fits) fail("sizes do not fit a mapping of " + std::to_string(mapped_bytes) + " bytes");
 }
 
 // Throws RingCorrupt unless the record is the one expected and lies inside its slot.
-inline void check_record(const Record& record, const Header& header, std::uint64_t ticket,
-                         std::uint64_t generation) {
+inline void check_record(const Record& record, const Header& header, std::uint64_t ticket, std::uint64_t generation) {
   const auto fail = [&](const std::string& what) {
-    throw RingCorrupt(
-        std::string(header.name) + ": record of ticket " + std::to_string(ticket) + ": " + what,
-        ticket);
+    throw RingCorrupt(std::string(header.name) + ": record of ticket " + std::to_string(ticket) + ": " + what, ticket);
   };
   if (record.ticket != ticket) fail("holds ticket " + std::to_string(record.ticket));
-  if (record.generation > generation || record.generation >> 12 != generation >> 12)
-    fail("wrong generation");
+  if (record.generation > generation || record.generation >> 12 != generation >> 12) fail("wrong generation");
   if (record.nbytes > header.slot_bytes) {
-    fail(std::to_string(record.nbytes) + " bytes in a slot of " +
-         std::to_string(header.slot_bytes));
+    fail(std::to_string(record.nbytes) + " bytes in a slot of " + std::to_string(header.slot_bytes));
   }
   if (record.ndim > kMaxDims) fail("more than 8 dimensions");
-  const bool known_bits =
-      record.dtype_bits >= 8 && record.dtype_bits <= 128 && std::has_single_bit(record.dtype_bits);
+  const bool known_bits = record.dtype_bits >= 8 && record.dtype_bits <= 128 && std::has_single_bit(record.dtype_bits);
   if (!known_bits) fail("unknown element size");
   std::uint64_t nbytes = record.dtype_bits / 8;
   bool empty = false;

@@ -12,17 +12,15 @@
 #include <memory>
 #include <thread>
 
-#include "kdflow/ring.hpp"
+#include "kdflow/member.hpp"
 
 namespace kdflow {
 
 class Notifier {
  public:
-  explicit Notifier(std::shared_ptr<Ring> ring)
-      : ring_(std::move(ring)),
-        eventfd_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
-        pid_(::getpid()) {
-    if (!eventfd_) throw_errno(ring_->name() + ": eventfd");
+  explicit Notifier(std::shared_ptr<Member> member)
+      : member_(std::move(member)), eventfd_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)), pid_(::getpid()) {
+    if (!eventfd_) throw_errno(member_->slots.name() + ": eventfd");
     signal();  // what was committed before
     thread_ = std::make_unique<std::thread>([this] { run(); });
   }
@@ -33,7 +31,7 @@ class Notifier {
       return;
     }
     stop_.store(true, std::memory_order_release);
-    ring_->ring_bell();
+    member_->slots.ring_bell();
     thread_->join();
   }
 
@@ -48,17 +46,17 @@ class Notifier {
 
  private:
   void run() {
-    std::uint32_t seen = ring_->bell();
+    std::uint32_t seen = member_->slots.bell();
     while (!stop_.load(std::memory_order_acquire)) {
-      ring_->wait_bell(seen);
+      member_->slots.wait_bell(seen, member_->options.tick);
       try {
-        if (ring_->bell() == seen) ring_->look_after_peers(Role::consumer);
+        if (member_->slots.bell() == seen) member_->look_after_peers();
       } catch (const TransportError&) {  // the consumer's next call meets it too
         signal();
         return;
       }
-      if (ring_->bell() == seen) continue;
-      seen = ring_->bell();
+      if (member_->slots.bell() == seen) continue;
+      seen = member_->slots.bell();
       signal();
     }
   }
@@ -68,7 +66,7 @@ class Notifier {
     static_cast<void>(!::write(fd(), &one, sizeof one));
   }
 
-  std::shared_ptr<Ring> ring_;
+  std::shared_ptr<Member> member_;
   UniqueFd eventfd_;
   pid_t pid_;
   std::atomic<bool> stop_{false};

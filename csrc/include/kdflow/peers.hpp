@@ -20,8 +20,7 @@ struct Peer {
 
 class PeerTable {
  public:
-  PeerTable(std::span<PeerEntry> entries, std::string ring)
-      : entries_(entries), ring_(std::move(ring)) {}
+  PeerTable(std::span<PeerEntry> entries, std::string ring) : entries_(entries), ring_(std::move(ring)) {}
 
   // Takes an entry out of [first, last). The caller has reaped the dead before.
   Peer claim(Role role, std::size_t first, std::size_t last) {
@@ -32,12 +31,14 @@ class PeerTable {
       if (!exchange(index, seen, claimed)) continue;
       KDFLOW_FAULT("peer_claimed");
       entries_[index].start_time.store(watch_.self_start(), std::memory_order_relaxed);
-      entries_[index].identity.store(claimed.live().word(), std::memory_order_release);
+      if (!exchange(index, claimed, claimed.live())) {
+        throw TransportError(ring_ + ": another peer took this process for dead while it attached");
+      }
       return Peer{static_cast<std::uint32_t>(index), claimed.live()};
     }
     if (last - first == 1) {
-      throw TransportError(ring_ + ": already has its one consumer, pid " +
-                           std::to_string(load(first).pid()) + "; close that one first");
+      throw TransportError(ring_ + ": already has its one consumer, pid " + std::to_string(load(first).pid()) +
+                           "; close that one first");
     }
     throw TransportError(ring_ + ": all " + std::to_string(kMaxPeers) + " peer entries are taken");
   }
@@ -55,8 +56,7 @@ class PeerTable {
   }
 
   bool alive(const Peer& peer) {
-    return watch_.alive(peer.index, peer.identity,
-                        entries_[peer.index].start_time.load(std::memory_order_relaxed));
+    return watch_.alive(peer.index, peer.identity, entries_[peer.index].start_time.load(std::memory_order_relaxed));
   }
 
   // orphan(peer) gives the slots of a dead peer back, may run in several processes at once, and is
@@ -86,8 +86,8 @@ class PeerTable {
 
   bool exchange(std::size_t index, PeerIdentity expected, PeerIdentity desired) {
     std::uint64_t word = expected.word();
-    return entries_[index].identity.compare_exchange_strong(
-        word, desired.word(), std::memory_order_acq_rel, std::memory_order_acquire);
+    return entries_[index].identity.compare_exchange_strong(word, desired.word(), std::memory_order_acq_rel,
+                                                            std::memory_order_acquire);
   }
 
   std::span<PeerEntry> entries_;

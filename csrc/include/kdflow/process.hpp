@@ -41,8 +41,7 @@ inline std::optional<ProcessStat> process_stat(std::int32_t pid) {
   const char* cursor = std::strrchr(text, ')');
   if (cursor == nullptr || cursor[1] != ' ') return std::nullopt;
   const char state = cursor[2];
-  for (int field = 2; field < 22 && cursor != nullptr; ++field)
-    cursor = std::strchr(cursor + 1, ' ');
+  for (int field = 2; field < 22 && cursor != nullptr; ++field) cursor = std::strchr(cursor + 1, ' ');
   if (cursor == nullptr) return std::nullopt;
   return ProcessStat{state, std::strtoull(cursor, nullptr, 10)};
 }
@@ -54,9 +53,7 @@ inline std::uint64_t pid_namespace() {
 
 enum class Role : std::uint8_t { producer = 1, consumer = 2 };
 
-constexpr const char* to_string(Role role) {
-  return role == Role::producer ? "producer" : "consumer";
-}
+constexpr const char* to_string(Role role) { return role == Role::producer ? "producer" : "consumer"; }
 constexpr Role other(Role role) { return role == Role::producer ? Role::consumer : Role::producer; }
 
 // One word a peer: bit 0-1 state, 2-3 role, 4-31 epoch (never used twice), 32-63 pid.
@@ -90,10 +87,10 @@ class ProcessWatch {
  public:
   bool alive(std::size_t index, PeerIdentity identity, std::uint64_t start_time) {
     const std::int32_t pid = identity.pid();
-    if (pid == self_pid_) return start_time == 0 || start_time == self_start_;
-    if (pid <= 0) return false;
-    // A start time of 0: the peer is still attaching, its pid is all we know.
+    // While a peer is still attaching, its start time is its predecessor's, and its pid is all we know.
     const bool known = identity.state() == PeerIdentity::State::live && start_time != 0;
+    if (pid == self_pid_) return !known || start_time == self_start_;
+    if (pid <= 0) return false;
     const std::scoped_lock lock(mutex_);
     Watched& watched = watched_[index];
     if (watched.identity != identity) {
@@ -123,9 +120,7 @@ class ProcessWatch {
     UniqueFd pidfd;
   };
 
-  static int open_pidfd(std::int32_t pid) {
-    return static_cast<int>(::syscall(SYS_pidfd_open, pid, 0));
-  }
+  static int open_pidfd(std::int32_t pid) { return static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)); }
 
   std::int32_t self_pid_ = ::getpid();
   std::uint64_t self_start_ = process_stat(::getpid()).value_or(ProcessStat{}).start_time;

@@ -60,9 +60,9 @@ class Segment {
     }
     if (error != 0) {
       errno = error;
-      throw_errno(name + ": cannot allocate " + std::to_string(bytes) + " bytes of shared memory" +
-                  (options.huge_pages ? "; raise vm.nr_hugepages or pass huge_pages=False"
-                                      : "; use fewer or smaller slots"));
+      throw_errno(
+          name + ": cannot allocate " + std::to_string(bytes) + " bytes of shared memory" +
+          (options.huge_pages ? "; raise vm.nr_hugepages or pass huge_pages=False" : "; use fewer or smaller slots"));
     }
     if (::fcntl(segment.fd(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
       throw_errno(name + ": cannot seal the memfd");
@@ -74,8 +74,7 @@ class Segment {
   static Segment attach(UniqueFd fd) {
     const int seals = ::fcntl(fd.get(), F_GET_SEALS);
     if (seals < 0 || (seals & F_SEAL_SHRINK) == 0 || (seals & F_SEAL_GROW) == 0) {
-      throw RingCorrupt("fd " + std::to_string(fd.get()) +
-                        " is not a kdflow ring: expected a memfd sealed in size");
+      throw RingCorrupt("fd " + std::to_string(fd.get()) + " is not a kdflow ring: expected a memfd sealed in size");
     }
     struct stat status{};
     if (::fstat(fd.get(), &status) != 0) throw_errno("fstat of a ring");
@@ -84,9 +83,7 @@ class Segment {
   }
 
   Segment(Segment&& other) noexcept
-      : fd_(std::move(other.fd_)),
-        base_(std::exchange(other.base_, nullptr)),
-        bytes_(other.bytes_) {}
+      : fd_(std::move(other.fd_)), base_(std::exchange(other.base_, nullptr)), bytes_(other.bytes_) {}
   Segment& operator=(Segment&&) = delete;
   ~Segment() {
     if (base_ != nullptr) ::munmap(base_, bytes_);
@@ -98,14 +95,12 @@ class Segment {
 
   // Fills the page table now, so that the first lap of the ring runs as fast as the second.
   void populate() const {
-    constexpr int kPopulateWrite =
-        23;  // MADV_POPULATE_WRITE, Linux 5.14; older kernels fault the pages in on use
+    constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, Linux 5.14; older kernels fault the pages in on use
     ::madvise(base_, bytes_, kPopulateWrite);
   }
 
  private:
-  Segment(const std::string& name, UniqueFd fd, std::size_t bytes)
-      : fd_(std::move(fd)), bytes_(bytes) {
+  Segment(const std::string& name, UniqueFd fd, std::size_t bytes) : fd_(std::move(fd)), bytes_(bytes) {
     base_ = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_.get(), 0);
     if (base_ == MAP_FAILED) {
       base_ = nullptr;
@@ -115,8 +110,7 @@ class Segment {
 
   static UniqueFd make_memfd(const std::string& name, bool huge_pages) {
     constexpr unsigned kNoExecSeal = 8;  // MFD_NOEXEC_SEAL, Linux 6.3
-    const unsigned flags =
-        MFD_CLOEXEC | MFD_ALLOW_SEALING | (huge_pages ? unsigned{MFD_HUGETLB} : 0u);
+    const unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | (huge_pages ? unsigned{MFD_HUGETLB} : 0u);
     UniqueFd fd(::memfd_create(name.c_str(), flags | kNoExecSeal));
     if (!fd && errno == EINVAL) fd = UniqueFd(::memfd_create(name.c_str(), flags));
     if (!fd) throw_errno(name + ": memfd_create");
@@ -127,8 +121,7 @@ class Segment {
     constexpr unsigned kBits = 8 * sizeof(unsigned long);
     unsigned long mask[16] = {};
     const auto bit = static_cast<unsigned>(node);
-    if (node < 0 || bit >= 16 * kBits)
-      throw std::invalid_argument("numa_node: no node " + std::to_string(node));
+    if (node < 0 || bit >= 16 * kBits) throw std::invalid_argument("numa_node: no node " + std::to_string(node));
     mask[bit / kBits] = 1ul << (bit % kBits);
     if (::syscall(SYS_mbind, base_, bytes_, MPOL_PREFERRED, mask, 16 * kBits, 0) != 0) {
       throw_errno("numa_node=" + std::to_string(node));
@@ -149,10 +142,9 @@ inline UniqueFd open_handle(std::string_view handle) {
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
     return error == std::errc{} && end == text.data() + text.size();
   };
-  if (colon == std::string_view::npos || !parse(handle.substr(0, colon), pid) ||
-      !parse(handle.substr(colon + 1), fd) || pid <= 0 || fd < 0) {
-    throw std::invalid_argument("ring handle: expected \"pid:fd\", got \"" + std::string(handle) +
-                                "\"");
+  if (colon == std::string_view::npos || !parse(handle.substr(0, colon), pid) || !parse(handle.substr(colon + 1), fd) ||
+      pid <= 0 || fd < 0) {
+    throw std::invalid_argument("ring handle: expected \"pid:fd\", got \"" + std::string(handle) + "\"");
   }
   const std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(fd);
   UniqueFd opened(::open(path.c_str(), O_RDWR | O_CLOEXEC));

@@ -69,7 +69,7 @@ def _time_bars(axes: Axes, rows: Sequence[Row]) -> None:
         axes.text(high, position, label, va="center", fontsize=8)
     if floor is not None:
         axes.axvline(floor, color=COLOURS["floor"], linestyle="--", linewidth=1)
-    axes.set_xlabel("median time, s" if rows[0].unit != "message" else "seconds")
+    axes.set_xlabel("median time, s", fontsize=8)
     _finish(axes, rows, title=rows[0].case, reach=1.45)
 
 
@@ -80,7 +80,7 @@ def _memory_bars(axes: Axes, rows: Sequence[Row]) -> None:
         axes.barh(position, max(row.peak_mib, 0.0), color=COLOURS[row.role])
         text = f"  {format_mib(row.peak_mib)} MiB"
         axes.text(max(row.peak_mib, 0.0), position, text, va="center", fontsize=8)
-    axes.set_xlabel("peak memory, MiB")
+    axes.set_xlabel("peak memory, MiB", fontsize=8)
     _finish(axes, rows, title="", reach=1.25)
 
 

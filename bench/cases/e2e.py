@@ -30,7 +30,7 @@ def cases(*, device: str, quick: bool, config: str = "examples/quickstart.yaml")
     return [
         Case(
             suite="e2e",
-            name=f"{name}, {measured} steps",
+            name=f"{name}, {measured} step{'s' if measured > 1 else ''}",
             params={
                 "config": config,
                 "device": device,

@@ -24,7 +24,7 @@ TORCH_INDEX ?= $(if $(HAS_GPU)$(OWN_INDEX),,https://download.pytorch.org/whl/cpu
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help quickstart test test-native lint format soak wheel-check bench clean
+.PHONY: help quickstart test test-native lint format wheel-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(ROOT)/Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -63,7 +63,7 @@ test-native: $(VENV)/.kdflow-base ## the C++ tests under ASan+UBSan and under TS
 	  folder=build/native-$${sanitizers%%,*}
 	  cmake -S . -B $$folder -DKDFLOW_BUILD_TESTS=ON -DKDFLOW_SANITIZE=$$sanitizers -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	  cmake --build $$folder --parallel $(JOBS)
-	  ctest --test-dir $$folder --output-on-failure
+	  ctest --test-dir $$folder --output-on-failure --exclude-regex '^model$$'
 	done
 
 wheel-check: $(VENV)/.kdflow-test ## build a wheel and use it outside the checkout

@@ -21,8 +21,10 @@ struct Registration {
   Registration(const char* name, void (*body)()) { tests().push_back({name, body}); }
 };
 
+inline char context[64] = "";  // printed with a failure, e.g. the seed
+
 [[noreturn]] inline void fail(const char* file, int line, const char* what) {
-  std::fprintf(stderr, "%s:%d: failed: %s\n", file, line, what);
+  std::fprintf(stderr, "%s:%d: failed: %s %s\n", file, line, what, context);
   std::fflush(stderr);
   std::_Exit(1);  // also out of a forked child
 }

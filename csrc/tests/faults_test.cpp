@@ -259,11 +259,11 @@ void run_random(bool ticketed) {
     Schedule schedule(ticketed, static_cast<std::uint64_t>(draw(1, 4)), static_cast<std::uint64_t>(draw(8, 24)));
     std::vector<Plan> plans;
     for (int child = 0, count = 1 + draw(1, 3); child < count; ++child) plans.push_back(plan(child > 0));
-    std::fprintf(stderr, "\rseed %u ", seed);  // the last one printed is the one that failed
+    std::snprintf(check::context, sizeof check::context, "(seed %u)", seed);
     schedule.run(plans, plan);
     deaths += schedule.deaths();
   }
-  std::fprintf(stderr, "\r%d schedules, %d deaths\n", num_schedules, deaths);
+  std::printf("  %d schedules, %d deaths\n", num_schedules, deaths);
   CHECK(deaths > num_schedules / 2);
 }
 

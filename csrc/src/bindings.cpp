@@ -19,7 +19,31 @@ using namespace kdflow;
 namespace {
 
 using Ticket = std::optional<std::uint64_t>;
-using Unlocked = py::gil_scoped_release;
+
+// Before 3.14, Python ends a thread that asks for the lock of a finalising interpreter by unwinding its stack, which
+// C++ answers with std::terminate. A daemon thread in a wait stays here instead, until the process is gone.
+void stay_if_finalizing() {
+#if PY_VERSION_HEX >= 0x030d0000
+  const bool finalizing = Py_IsFinalizing() != 0;
+#else
+  const bool finalizing = _Py_IsFinalizing() != 0;
+#endif
+  while (finalizing) ::pause();
+}
+
+// The block runs without the interpreter's lock.
+class Unlocked {
+ public:
+  Unlocked() : state_(PyEval_SaveThread()) {}
+  Unlocked(const Unlocked&) = delete;
+  ~Unlocked() noexcept(false) {
+    stay_if_finalizing();
+    PyEval_RestoreThread(state_);
+  }
+
+ private:
+  PyThreadState* state_;
+};
 
 Wait make_wait(double timeout_s) {
   if (!(timeout_s >= 0) || timeout_s > 1e9) {
@@ -27,6 +51,7 @@ Wait make_wait(double timeout_s) {
   }
   const auto timeout = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(timeout_s));
   return Wait{timeout, [] {
+                stay_if_finalizing();
                 const py::gil_scoped_acquire locked;
                 if (PyErr_CheckSignals() != 0) throw py::error_already_set();
               }};

@@ -29,10 +29,10 @@ from kdflow_kernels.problem import (
     RowTerms,
 )
 
-TILE_COLUMNS = 1024
-CHUNK_ROWS = 128
+TILE_COLUMNS = 512
+CHUNK_ROWS = 192
 # Rows of student logits kept outside the weight gradient's memory, in chunks.
-SCRATCH_CHUNKS = 4
+SCRATCH_CHUNKS = 3
 # Numbers in a buffer of the row step, per thread: about eight such buffers should fit in the thread's share of cache.
 ROW_STEP_NUMBERS = 2**18
 

@@ -81,12 +81,13 @@ class Member {
     if (options.guard) slots.protect(first, num_slots, protection);
   }
 
-  // True once a tick, for one caller.
-  bool tick_is_due() {
+  // For those who poll: true once a tick, and whenever the bell rang since the last time.
+  bool look_is_due() {
     const std::int64_t now = Clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
-    std::int64_t due = next_tick_.load(std::memory_order_relaxed);
-    if (now < due) return false;
-    return next_tick_.compare_exchange_strong(due, now + std::chrono::nanoseconds(options.tick).count());
+    const std::uint32_t bell = slots.bell();
+    if (last_bell_.exchange(bell) == bell && now < next_look_.load()) return false;
+    next_look_.store(now + std::chrono::nanoseconds(options.tick).count());
+    return true;
   }
 
   // Buries the dead and checks what nobody may change. True: the other side was there once and is
@@ -186,7 +187,8 @@ class Member {
 
   Peer self_{0, PeerIdentity()};
   std::atomic<bool> joined_{false};
-  std::atomic<std::int64_t> next_tick_{0};
+  std::atomic<std::int64_t> next_look_{0};
+  std::atomic<std::uint32_t> last_bell_{0};
 };
 
 }  // namespace kdflow

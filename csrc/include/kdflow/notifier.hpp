@@ -21,7 +21,7 @@ class Notifier {
   explicit Notifier(std::shared_ptr<Member> member)
       : member_(std::move(member)), eventfd_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)), pid_(::getpid()) {
     if (!eventfd_) throw_errno(member_->slots.name() + ": eventfd");
-    signal();  // what was committed before
+    signal();  // for what was committed before; seen_ was read first, so nothing falls in between
     thread_ = std::make_unique<std::thread>([this] { run(); });
   }
 
@@ -46,17 +46,16 @@ class Notifier {
 
  private:
   void run() {
-    std::uint32_t seen = member_->slots.bell();
     while (!stop_.load(std::memory_order_acquire)) {
-      member_->slots.wait_bell(seen, member_->options.tick);
+      member_->slots.wait_bell(seen_, member_->options.tick);
       try {
-        if (member_->slots.bell() == seen) member_->look_after_peers();
+        if (member_->slots.bell() == seen_) member_->look_after_peers();
       } catch (const TransportError&) {  // the consumer's next call meets it too
         signal();
         return;
       }
-      if (member_->slots.bell() == seen) continue;
-      seen = member_->slots.bell();
+      if (member_->slots.bell() == seen_) continue;
+      seen_ = member_->slots.bell();
       signal();
     }
   }
@@ -67,6 +66,7 @@ class Notifier {
   }
 
   std::shared_ptr<Member> member_;
+  std::uint32_t seen_ = member_->slots.bell();  // the thread's, once it runs
   UniqueFd eventfd_;
   pid_t pid_;
   std::atomic<bool> stop_{false};

@@ -126,7 +126,7 @@ class Ring {
     });
   }
 
-  // Never sleeps. Looks after the peers at most once a tick.
+  // Never sleeps.
   std::optional<Lease> try_receive(Ticket ticket) const {
     const Peer self = member_->require(Role::consumer);
     check_ticket(ticket);
@@ -135,7 +135,7 @@ class Ring {
     };
     Blocked blocked;
     if (auto lease = attempt(blocked)) return lease;
-    if (!member_->tick_is_due()) return std::nullopt;
+    if (!member_->look_is_due()) return std::nullopt;
     const bool deserted = member_->look_after_peers();
     if (auto lease = attempt(blocked)) return lease;
     if (deserted) throw_deserted("receive", Role::producer, ticket, blocked);

@@ -1,6 +1,6 @@
 """The loss written a second time, the way one would by hand: full logits, torch's own functions, autograd.
 
-In float64 it is the truth; in a low dtype (matrix products in it, softmax in float32) it is what eager code makes of it.
+In float64 it is the truth; in a low dtype (matrix products in it, softmax in float32) what eager code makes of it.
 """
 
 from __future__ import annotations

@@ -35,9 +35,7 @@ def test_equals_the_formula_by_hand(name: str):
     log_p, log_q = log_probs(6, 23, seed=1), log_probs(6, 23, seed=2).requires_grad_()
     ours, by_hand = get_divergence(name).rows(log_p, log_q), BY_HAND[name](log_p, log_q)
     torch.testing.assert_close(ours, by_hand)
-    for a, b in zip(
-        torch.autograd.grad(ours.sum(), log_q), torch.autograd.grad(by_hand.sum(), log_q), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(ours.sum(), log_q), torch.autograd.grad(by_hand.sum(), log_q), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kdflow_kernels import JSD, FusedKDLoss, fused_kd_loss, list_divergences, torch_backend
 
-# What a case may vary. Every pair of values of two different factors occurs together in at least one of the cases made by
-# pairwise(): faults that need three options at once are left to hypothesis below.
+# What a case may vary. Every pair of values of two different factors occurs together in at least one of the cases that
+# pairwise() makes: faults that need three options at once are left to hypothesis below.
 FACTORS: dict[str, tuple] = {
     "divergence": tuple(list_divergences()),
     "dtype": (torch.float32, torch.bfloat16, torch.float64, torch.float16),
@@ -43,9 +43,7 @@ def pairwise(factors: dict[str, tuple], seed: int = 0) -> list[dict]:
     """Few combinations that contain every pair of values: of random candidates always the one with most new pairs."""
     rng = random.Random(seed)
     names = list(factors)
-    missing = {
-        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]
-    }
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]}
 
     def pairs(case: dict) -> set:
         return set(itertools.combinations(case.items(), 2)) & missing
@@ -61,9 +59,18 @@ def pairwise(factors: dict[str, tuple], seed: int = 0) -> list[dict]:
 
 
 def make(
-    *, num_rows: int = 13, vocab: int = 61, hidden_size: int = 8, vocabulary: str = "same", labels: str = "some ignored",
-    row_weight: bool = False, student_bias: bool = False, teacher_bias: bool = False, seed: int = 0, **options,
-) -> Case:  # fmt: skip
+    *,
+    num_rows: int = 13,
+    vocab: int = 61,
+    hidden_size: int = 8,
+    vocabulary: str = "same",
+    labels: str = "some ignored",
+    row_weight: bool = False,
+    student_bias: bool = False,
+    teacher_bias: bool = False,
+    seed: int = 0,
+    **options,
+) -> Case:
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -116,7 +123,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("case", pairwise(FACTORS), ids=describe)
 def test_covering_design(case: dict):
     made, dtype = covering_case(case)
-    # A tie that rounding breaks the other way moves these three by a jump: there eager is as wrong as we are, elsewhere.
+    # A tie that rounding breaks the other way moves these by a jump; eager has as many, in other places.
     jumps = case["divergence"] in ("hierarchical_ranking", "adaptive_kl", "top1_ce", "tvd")
     low = dtype in (torch.bfloat16, torch.float16)
     check_against_oracle(made, dtype, factor=3.0 if jumps and low else 1.5)
@@ -174,7 +181,7 @@ def test_few_rows_and_all_ignored(num_rows: int, ignore: bool, reduction: str, b
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divergence", list_divergences())
 def test_logits_of_ten_thousand(divergence: str, dtype: torch.dtype):
-    """Rows as good as one-hot on both sides, the same token or another; nothing overflows, gradients are the truth's."""
+    """Rows as good as one-hot on both sides, the same token or another: nothing overflows."""
     case = make(divergence=divergence, ce_weight=0.5, num_rows=6)
     for side in ("student", "teacher"):
         hidden = torch.zeros(6, case.tensors[f"{side}_input"].shape[1], dtype=torch.float64)
@@ -246,7 +253,10 @@ def test_cross_entropy_alone():
         del case.tensors[name]
     check_against_oracle(case, torch.float32)
     output = fused_kd_loss(
-        teacher_input=None, teacher_weight=None, **case.tensors, **case.options  # type: ignore[arg-type]
+        teacher_input=None,
+        teacher_weight=None,
+        **case.tensors,
+        **case.options,  # type: ignore[arg-type]
     )
     assert output.kd_loss == 0
     assert output.teacher_entropy.isnan()
@@ -362,7 +372,9 @@ def test_module_equals_function():
     assert not list(module.parameters())
     assert not module.state_dict()
     assert "jsd" in repr(module).lower()
-    torch.testing.assert_close(module(**t, num_items=5).loss, fused_kd_loss(**t, **fixed, **case.options, num_items=5).loss)
+    torch.testing.assert_close(
+        module(**t, num_items=5).loss, fused_kd_loss(**t, **fixed, **case.options, num_items=5).loss
+    )
 
 
 def test_beta_zero_and_one_are_the_two_kls():

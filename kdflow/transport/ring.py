@@ -14,9 +14,11 @@ The protocol is csrc/include/kdflow/ring.hpp, its description docs/ring.md. Torc
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
@@ -132,15 +134,23 @@ class _Slot:
                 view.release()
             except BufferError:  # an array still exports it: only guard=True catches that one
                 continue
-        tensors = [tensor for ref in self._tensors if (tensor := ref()) is not None]
-        if not tensors:
-            return
-        import torch
+        for reference in self._tensors:
+            if (tensor := reference()) is not None:
+                _empty_out(tensor)
 
-        with torch.no_grad():
-            for tensor in tensors:
-                torch.autograd.graph.increment_version(tensor)  # a backward through it raises
-                tensor.set_()  # no elements are left in it  # pyright: ignore[reportCallIssue]
+
+def _empty_out(tensor: torch.Tensor) -> None:
+    """Leave no element in it, and let a backward through it, or through a view of it, raise."""
+    torch = sys.modules["torch"]  # an import statement costs a microsecond a record
+    tensor.data = _nothing(tensor.dtype)
+    torch.autograd.graph.increment_version(tensor)
+
+
+@cache
+def _nothing(dtype: torch.dtype) -> torch.Tensor:
+    import torch
+
+    return torch.empty(0, dtype=dtype)
 
 
 class WriteSlot(_Slot):

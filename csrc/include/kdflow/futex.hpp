@@ -6,6 +6,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <climits>
 #include <cstdint>
@@ -21,6 +23,25 @@ inline void cpu_relax() {
   asm volatile("yield");
 #endif
 }
+
+// How long to spin before sleeping: as long as recent waits took, if that is short; next to nothing otherwise.
+// A stream of records is then met without a system call, and a wait that will be long burns only kMin. Sleeping and
+// waking cost about kMax between cores, so spinning for longer never pays.
+class SpinBudget {
+ public:
+  static constexpr std::chrono::microseconds kMin{2}, kMax{100};
+
+  std::chrono::nanoseconds get() const { return std::chrono::nanoseconds(ns_.load(std::memory_order_relaxed)); }
+
+  void learn(std::chrono::nanoseconds waited) {
+    const std::chrono::nanoseconds now = get();
+    const std::chrono::nanoseconds next = waited <= kMax ? std::max(2 * waited, (now + 2 * waited) / 2) : now / 2;
+    ns_.store(std::clamp<std::chrono::nanoseconds>(next, kMin, kMax).count(), std::memory_order_relaxed);
+  }
+
+ private:
+  std::atomic<std::int64_t> ns_{std::chrono::nanoseconds(kMin).count()};
+};
 
 // Returns on a wake, a changed word, a signal or the timeout: the caller looks again in every case.
 inline void futex_wait(const void* word, std::uint32_t expected, std::chrono::nanoseconds timeout) {

@@ -29,6 +29,7 @@ class Member {
   const Slots slots;
   const AttachOptions options;
   PeerTable table;
+  SpinBudget spin_budget;
 
   void join(Role role) {
     bury_dead();

@@ -216,9 +216,6 @@ class Ring {
   }
 
  private:
-  // Long enough to meet a peer in the middle of a commit, short enough not to steal its core.
-  static constexpr int kSpins = 200;
-
   struct Blocked {
     std::uint64_t slot = 0;
     Control seen;
@@ -363,14 +360,19 @@ class Ring {
     const Role role = self.identity.role();
     Blocked blocked;
     if (auto lease = attempt(blocked)) return std::move(*lease);
-    for (int spin = 0; spin < kSpins; ++spin) {
+    SpinBudget& budget = member_->spin_budget;
+    const Clock::time_point start = Clock::now();
+    for (int spin = 1; spin % 32 != 0 || Clock::now() - start < budget.get(); ++spin) {
       cpu_relax();
       if (!slots().changed(blocked.slot, blocked.seen)) continue;
-      if (auto lease = attempt(blocked)) return std::move(*lease);
+      if (auto lease = attempt(blocked)) {
+        budget.learn(Clock::now() - start);
+        return std::move(*lease);
+      }
     }
-    const WaitCount count{slots().counters(role)};
-    const Clock::time_point deadline = count.start + wait.timeout;
-    Clock::time_point next_look = count.start + member_->options.tick;
+    const WaitCount count{slots().counters(role), budget, start};
+    const Clock::time_point deadline = start + wait.timeout;
+    Clock::time_point next_look = start + member_->options.tick;
     while (true) {
       slots().sleep(blocked.slot, blocked.seen,
                     std::min<Clock::duration>(deadline - Clock::now(), member_->options.tick));
@@ -393,10 +395,13 @@ class Ring {
 
   struct WaitCount {
     SideCounters& counters;
-    Clock::time_point start = Clock::now();
+    SpinBudget& budget;
+    Clock::time_point start;
     ~WaitCount() {
+      const Clock::duration waited = Clock::now() - start;
+      budget.learn(waited);
       Slots::add(counters.waits);
-      Slots::add(counters.wait_ns, static_cast<std::uint64_t>((Clock::now() - start).count()));
+      Slots::add(counters.wait_ns, static_cast<std::uint64_t>(waited.count()));
     }
   };
 

@@ -8,13 +8,14 @@ The head is cut into tiles of columns, the rows into groups, a group's rows into
 
 So a weight of the student is read (and, where the CPU is slow in its dtype, converted) twice a group, not three times a
 chunk. And the blocks cost little: until a tile's dW is written, its memory is free. Up to Hs rows of logits live there;
-see ``_blocks``.
+see ``_spans``.
 
 Shape suffixes: n rows of a group, c rows of a chunk, r rows of a row step, V columns in the order they are processed (the
 K compared ones first), w columns of a tile, H hidden size.
 """
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -168,7 +169,7 @@ class _Run:
         home = None
         if self.in_place and self.grad_weight is not None:
             home = self.grad_weight.view(-1)[: self.num_columns * self.hidden_size]
-        self.student_blocks = _blocks(self.tiles, self.group_size, storage, device, home, self.hidden_size)
+        self.spans = _spans(self.num_columns, self.group_size, storage, device, home, self.hidden_size)
         self.teacher_rows = None
         if self.problem.teacher is not None:
             shape = (min(self.chunk_size, self.group_size), self.problem.num_compared)
@@ -177,11 +178,7 @@ class _Run:
     def run(self) -> tuple[RowTerms, Gradients]:
         for start in range(0, self.num_rows, max(self.group_size, 1)):
             rows = slice(start, min(start + self.group_size, self.num_rows))
-            num_rows = rows.stop - rows.start
-            blocks = [
-                block[: num_rows * tile.width].view(num_rows, -1)
-                for block, tile in zip(self.student_blocks, self.tiles, strict=True)
-            ]
+            blocks = [block for span in self.spans for block in span.blocks[:, : rows.stop - start]]
             self._logits_to_gradients(rows, blocks)
             if self.needs:
                 self._multiply(rows, blocks)
@@ -198,23 +195,21 @@ class _Run:
         step_rows = max(1, ROW_STEP_NUMBERS * torch.get_num_threads() // self.num_columns)
         z = torch.empty((step_rows, self.num_columns), dtype=self.accumulate, device=hidden.device)
         for chunk_start in range(0, len(hidden), self.chunk_size):
-            chunk = [block[chunk_start : chunk_start + self.chunk_size] for block in blocks]
-            start = rows.start + chunk_start
-            self._write_teacher_logits(slice(start, start + len(chunk[0])))
-            # The parts of all tiles for the next few rows, again and again.
-            for parts in zip(*(block.split(step_rows) for block in chunk), strict=True):
-                stop = start + len(parts[0])
-                self._row_step(slice(start, stop), z[: len(parts[0])], parts)
-                start = stop
+            chunk = slice(chunk_start, min(chunk_start + self.chunk_size, len(hidden)))
+            self._write_teacher_logits(slice(rows.start + chunk.start, rows.start + chunk.stop))
+            for start in range(chunk.start, chunk.stop, step_rows):
+                in_group = slice(start, min(start + step_rows, chunk.stop))
+                self._row_step(rows.start, chunk.start, in_group, z[: in_group.stop - start])
 
-    def _row_step(self, rows: slice, z: Tensor, parts: tuple[Tensor, ...]) -> None:
-        """Logits in parts, one part a tile, become gradients; z (r, V) is room for the whole rows."""
-        widths = [tile.width for tile in self.tiles]
-        torch._foreach_copy_(z.split(widths, dim=1), parts)  # pyright: ignore[reportPrivateImportUsage]
+    def _row_step(self, group_start: int, chunk_start: int, in_group: slice, z: Tensor) -> None:
+        """Turn the logits of a few rows of the group into gradients; z (r, V) is room for them."""
+        for span in self.spans:
+            span.columns(z).copy_(span.rows(in_group))
         teacher_z = None
         if self.teacher_rows is not None:
-            start = rows.start % self.group_size % self.chunk_size
-            teacher_z = self.teacher_rows[start : start + len(z)].to(self.accumulate)
+            in_chunk = slice(in_group.start - chunk_start, in_group.stop - chunk_start)
+            teacher_z = self.teacher_rows[in_chunk].to(self.accumulate)
+        rows = slice(group_start + in_group.start, group_start + in_group.stop)
         terms, gradient = torch_rows.step(
             self.problem,
             z,
@@ -226,7 +221,8 @@ class _Run:
         if gradient is not None:
             if gradient.shape[1] < self.num_columns:
                 gradient = torch.nn.functional.pad(gradient, (0, self.num_columns - gradient.shape[1]))
-            torch._foreach_copy_(parts, gradient.split(widths, dim=1))  # pyright: ignore[reportPrivateImportUsage]
+            for span in self.spans:
+                span.rows(in_group).copy_(span.columns(gradient))
         # Copied at once: small tensors that outlive a step would keep its large ones from being allocated anew in the
         # same place (646 MiB instead of 157 MiB at N=1024, V=64000).
         for field in fields(RowTerms):
@@ -324,27 +320,49 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b)
 
 
-def _blocks(
-    tiles: list[_Tile], num_rows: int, dtype: torch.dtype, device: torch.device, home: Tensor | None, hidden_size: int
-) -> list[Tensor]:
-    """Memory for num_rows rows of each tile, flat; inside home, the weight gradient's (V * H,), as far as it goes.
+@dataclass(frozen=True)
+class _Span:
+    """Memory of neighbouring tiles of one width, as one tensor: whole rows are copied in and out at once."""
+
+    start: int  # columns
+    stop: int
+    blocks: Tensor  # (tiles, rows, width)
+
+    def rows(self, rows: slice) -> Tensor:
+        """(r, tiles, width)"""
+        return self.blocks[:, rows].transpose(0, 1)
+
+    def columns(self, whole_rows: Tensor) -> Tensor:
+        """The same columns of a (r, V) tensor, as (r, tiles, width)."""
+        return whole_rows[:, self.start : self.stop].unflatten(-1, (self.blocks.shape[0], self.blocks.shape[2]))
+
+
+def _spans(
+    num_columns: int, num_rows: int, dtype: torch.dtype, device: torch.device, home: Tensor | None, hidden_size: int
+) -> list[_Span]:
+    """Memory for num_rows rows of every tile; inside home, the weight gradient's (V * H,), as far as it goes.
 
     A tile needs num_rows * w numbers and owns H * w of home. With num_rows <= H it lies in its own part. Else blocks lie
     back to back against home's end and those that do not fit outside: writing weight gradients from the last tile to the
     first then overwrites only blocks that are done with.
     """
-    blocks = []
-    num_columns = tiles[-1].stop
-    for tile in tiles:
-        size = num_rows * tile.width
-        start = -1
-        if home is not None:
-            start = home.numel() - (num_columns - tile.start) * max(num_rows, hidden_size)
-        if start >= 0 and home is not None:
-            blocks.append(home[start : start + size])
+    step = max(num_rows, hidden_size)  # numbers of home that one column takes
+    num_inside = 0 if home is None else home.numel() // step
+    # Cut where the first tile begins that lies inside as a whole, and before a last tile of less than full width.
+    first_inside = -(-(num_columns - num_inside) // TILE_COLUMNS) * TILE_COLUMNS
+    full = num_columns // TILE_COLUMNS * TILE_COLUMNS
+    cuts = sorted({0, min(first_inside, num_columns), full, num_columns})
+    spans = []
+    for start, stop in pairwise(cuts):
+        width = min(TILE_COLUMNS, stop - start)
+        shape = ((stop - start) // width, num_rows, width)
+        if home is not None and start >= first_inside:
+            offset = home.storage_offset() + home.numel() - (num_columns - start) * step
+            blocks = home.as_strided(shape, (step * width, width, 1), offset)
         else:
-            blocks.append(torch.empty(size, dtype=dtype, device=device))
-    return blocks
+            blocks = torch.empty(shape, dtype=dtype, device=device)
+        spans.append(_Span(start, stop, blocks))
+    return spans
 
 
 def _column_order(problem: Problem) -> tuple[Tensor | None, Tensor | None]:

@@ -74,7 +74,9 @@ def test_weight_gradients_never_overwrite_logits_still_needed(num_rows: int, wid
     hidden_size, num_columns = 8, 37
     tiles = torch_backend._tiles(num_columns, None)
     home = torch.full((num_columns * hidden_size,), -1.0)
-    blocks = torch_backend._blocks(tiles, num_rows, home.dtype, home.device, home, hidden_size)
+    spans = torch_backend._spans(num_columns, num_rows, home.dtype, home.device, home, hidden_size)
+    blocks = [block for span in spans for block in span.blocks]
+    assert [block.shape for block in blocks] == [(num_rows, tile.width) for tile in tiles]
     for number, block in enumerate(blocks):
         block.fill_(float(number))
     for number in reversed(range(len(tiles))):
@@ -82,7 +84,7 @@ def test_weight_gradients_never_overwrite_logits_still_needed(num_rows: int, wid
         home.view(num_columns, hidden_size)[tiles[number].tokens] = -2.0
     assert (home == -2.0).all()
     outside = sum(b.numel() for b in blocks if b.untyped_storage().data_ptr() != home.untyped_storage().data_ptr())
-    # Beyond the rows that fit, at most one tile's worth is lost to the cut.
+    # Beyond the rows that do not fit, at most one tile's worth is lost to the cut.
     assert outside <= max(num_rows - hidden_size, 0) * num_columns + num_rows * width
 
 

@@ -24,7 +24,7 @@ TORCH_INDEX ?= $(if $(HAS_GPU)$(OWN_INDEX),,https://download.pytorch.org/whl/cpu
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help quickstart test test-native lint format wheel-check clean
+.PHONY: help quickstart test test-native soak lint format wheel-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(ROOT)/Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -63,8 +63,12 @@ test-native: $(VENV)/.kdflow-base ## the C++ tests under ASan+UBSan and under TS
 	  folder=build/native-$${sanitizers%%,*}
 	  cmake -S . -B $$folder -DKDFLOW_BUILD_TESTS=ON -DKDFLOW_SANITIZE=$$sanitizers -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	  cmake --build $$folder --parallel $(JOBS)
-	  ctest --test-dir $$folder --output-on-failure --exclude-regex '^model$$'
+	  ctest --test-dir $$folder --output-on-failure
 	done
+
+soak: $(VENV)/.kdflow-test ## ten minutes of producers, consumers and kills on the ring
+	cd $(ROOT)
+	$(BIN)/python tests/transport/soak.py --minutes 10
 
 wheel-check: $(VENV)/.kdflow-test ## build a wheel and use it outside the checkout
 	cd $(ROOT)

@@ -103,8 +103,19 @@ class _TiledHead:
         weight = self.head.weight[tile.tokens]
         return weight if self.converted is None else self.converted[: tile.width].copy_(weight)
 
-    def write_logits(self, hidden: Tensor, tile: _Tile, out: Tensor) -> None:
-        """softcap(logit_scale * (hidden @ weight.T + bias)) of a tile into out (n, w)."""
+    @property
+    def centers(self) -> bool:
+        """Whether logits come in more digits than are stored: then only their distance to a maximum is rounded.
+
+        Next to the maximum, where the probability is, bf16 loses nothing that way: gradients get ten times closer.
+        """
+        return self.multiply != self.storage
+
+    def write_logits(self, hidden: Tensor, tile: _Tile, out: Tensor, maximum: Tensor | None) -> None:
+        """softcap(logit_scale * (hidden @ weight.T + bias)) of a tile into out (n, w).
+
+        Given maximum (n,), it gets the row's largest logit and out what the others are below it.
+        """
         head, weight = self.head, self.weight(tile)
         if head.is_plain and self.multiply == out.dtype:
             torch.mm(hidden, weight.T, out=out)
@@ -116,6 +127,9 @@ class _TiledHead:
             z.mul_(head.logit_scale)
         if head.softcap is not None:
             z.div_(head.softcap).tanh_().mul_(head.softcap)
+        if maximum is not None:
+            torch.amax(z, -1, out=maximum)
+            z.sub_(maximum.unsqueeze(-1))
         out.copy_(z)
 
 
@@ -189,8 +203,9 @@ class _Run:
     def _logits_to_gradients(self, rows: slice, blocks: list[Tensor]) -> None:
         """Steps 1 and 2 for a group of rows: leaves dloss/dlogits in blocks where gradients are needed."""
         hidden = self.student.hidden(rows)
-        for tile, block in zip(self.tiles, blocks, strict=True):
-            self.student.write_logits(hidden, tile, out=block)
+        maxima = self._maxima(self.student, self.tiles, len(hidden))
+        for tile, block, maximum in zip(self.tiles, blocks, maxima, strict=True):
+            self.student.write_logits(hidden, tile, block, maximum)
 
         step_rows = max(1, ROW_STEP_NUMBERS * torch.get_num_threads() // self.num_columns)
         z = torch.empty((step_rows, self.num_columns), dtype=self.accumulate, device=hidden.device)

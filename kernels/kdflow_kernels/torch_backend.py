@@ -103,18 +103,17 @@ class _TiledHead:
         weight = self.head.weight[tile.tokens]
         return weight if self.converted is None else self.converted[: tile.width].copy_(weight)
 
-    @property
-    def centers(self) -> bool:
-        """Whether logits come in more digits than are stored: then only their distance to a maximum is rounded.
-
-        Next to the maximum, where the probability is, bf16 loses nothing that way: gradients get ten times closer.
-        """
-        return self.multiply != self.storage
+    def maxima(self, num_tiles: int, num_rows: int) -> Tensor | None:
+        """Room for write_logits's maxima (tiles, rows) where logits come in more digits than are stored, else None."""
+        if self.multiply == self.storage:
+            return None
+        return torch.empty((num_tiles, num_rows), dtype=self.accumulate, device=self.head.weight.device)
 
     def write_logits(self, hidden: Tensor, tile: _Tile, out: Tensor, maximum: Tensor | None) -> None:
         """softcap(logit_scale * (hidden @ weight.T + bias)) of a tile into out (n, w).
 
-        Given maximum (n,), it gets the row's largest logit and out what the others are below it.
+        Given maximum (n,), it gets the rows' largest logits and out the distances to them: bf16 keeps those of the
+        likely tokens almost exactly, where it would round a logit of 20 to sixteenths. Gradients get ten times closer.
         """
         head, weight = self.head, self.weight(tile)
         if head.is_plain and self.multiply == out.dtype:
@@ -188,6 +187,8 @@ class _Run:
         if self.problem.teacher is not None:
             shape = (min(self.chunk_size, self.group_size), self.problem.num_compared)
             self.teacher_rows = torch.empty(shape, dtype=self.teacher.storage, device=device)
+            self.teacher_maxima = self.teacher.maxima(len(self.teacher_tiles), shape[0])
+        self.student_maxima = self.student.maxima(len(self.tiles), self.group_size)
 
     def run(self) -> tuple[RowTerms, Gradients]:
         for start in range(0, self.num_rows, max(self.group_size, 1)):
@@ -203,8 +204,8 @@ class _Run:
     def _logits_to_gradients(self, rows: slice, blocks: list[Tensor]) -> None:
         """Steps 1 and 2 for a group of rows: leaves dloss/dlogits in blocks where gradients are needed."""
         hidden = self.student.hidden(rows)
-        maxima = self._maxima(self.student, self.tiles, len(hidden))
-        for tile, block, maximum in zip(self.tiles, blocks, maxima, strict=True):
+        for number, (tile, block) in enumerate(zip(self.tiles, blocks, strict=True)):
+            maximum = None if self.student_maxima is None else self.student_maxima[number, : len(hidden)]
             self.student.write_logits(hidden, tile, block, maximum)
 
         step_rows = max(1, ROW_STEP_NUMBERS * torch.get_num_threads() // self.num_columns)
@@ -220,10 +221,12 @@ class _Run:
         """Turn the logits of a few rows of the group into gradients; z (r, V) is room for them."""
         for span in self.spans:
             span.columns(z).copy_(span.rows(in_group))
+        _add_maxima(z, self.student_maxima, in_group)
         teacher_z = None
         if self.teacher_rows is not None:
             in_chunk = slice(in_group.start - chunk_start, in_group.stop - chunk_start)
             teacher_z = self.teacher_rows[in_chunk].to(self.accumulate)
+            _add_maxima(teacher_z, self.teacher_maxima, in_chunk)
         rows = slice(group_start + in_group.start, group_start + in_group.stop)
         terms, gradient = torch_rows.step(
             self.problem,
@@ -248,8 +251,10 @@ class _Run:
     def _write_teacher_logits(self, rows: slice) -> None:
         if self.teacher_rows is not None:
             hidden = self.teacher.hidden(rows)
-            for tile in self.teacher_tiles:
-                self.teacher.write_logits(hidden, tile, out=self.teacher_rows[: len(hidden), tile.start : tile.stop])
+            for number, tile in enumerate(self.teacher_tiles):
+                out = self.teacher_rows[: len(hidden), tile.start : tile.stop]
+                maximum = None if self.teacher_maxima is None else self.teacher_maxima[number, : len(hidden)]
+                self.teacher.write_logits(hidden, tile, out, maximum)
 
     def _multiply(self, rows: slice, blocks: list[Tensor]) -> None:
         """Step 3 for a group of rows: add what its dloss/dlogits in blocks mean for input, weight and bias."""
@@ -325,6 +330,18 @@ class _Tail:
     def finish(self) -> None:
         if self.num_columns:
             self.grad_hidden.addcmul_(self.mass, self.weight_sum / self.num_columns)
+
+
+def _add_maxima(z: Tensor, maxima: Tensor | None, rows: slice) -> None:
+    """Undo write_logits's subtraction in whole rows z (r, V)."""
+    if maxima is None:
+        return
+    per_tile = maxima[:, rows].T.unsqueeze(-1)  # (r, tiles, 1)
+    num_full = z.shape[1] // TILE_COLUMNS
+    full = num_full * TILE_COLUMNS
+    z[:, :full].unflatten(-1, (num_full, TILE_COLUMNS)).add_(per_tile[:, :num_full])
+    if full < z.shape[1]:
+        z[:, full:].add_(per_tile[:, -1])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

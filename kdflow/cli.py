@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,9 @@ commands:
 
 
 def _train(arguments: Sequence[str]) -> int:
+    # Read once, when torch loads OpenMP: threads that wait for work sleep instead of spinning, so
+    # that teacher and student may both use every core (a fifth more tokens/s on two cores).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from kdflow.config import config_parser, load_config
 
     if any(a in ("-h", "--help") for a in arguments):

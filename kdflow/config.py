@@ -30,7 +30,7 @@ class TeacherConfig:
         dtype: Of weights and hidden states; auto is bfloat16 where the device computes in it, else float32.
         device: Where the teacher runs; auto takes a GPU if there is one.
         num_workers: Teacher processes; they share the requests.
-        num_threads: CPU threads of each worker; 0 takes its share of the cores.
+        num_threads: CPU threads of each worker; 0 divides the cores among the workers.
     """
 
     model: str
@@ -50,7 +50,7 @@ class StudentConfig:
         compute_dtype: Of forward and backward; master weights, gradient reduction and optimizer state are float32.
         device: Where the student trains; auto takes GPUs if there are any.
         num_ranks: Processes that share the student (one a GPU).
-        num_threads: CPU threads of each rank; 0 takes its share of the cores.
+        num_threads: CPU threads of each rank; 0 divides the cores among the ranks.
         activation_checkpointing: Recompute each layer in backward instead of keeping its activations.
     """
 

@@ -7,7 +7,7 @@ import uuid
 from contextlib import ExitStack
 from pathlib import Path
 
-from kdflow.config import RunConfig
+from kdflow.config import Device, RunConfig
 from kdflow.errors import TransportError
 from kdflow.launcher.prepare import open_output, prepare
 from kdflow.launcher.rank import RankSpec, run_rank
@@ -109,20 +109,20 @@ def _run_ranks(spec: RankSpec) -> bool:
 def share_threads(config: RunConfig) -> tuple[int, int]:
     """CPU threads of each teacher worker and of each student rank.
 
-    Sides on a GPU need one thread each; what is left of the cores is divided among processes
-    that compute on the CPU.
+    Each side divides all cores among its own processes: teacher and student take turns at waiting
+    for one another, and an idle thread sleeps (see cli.py). A side on a GPU needs one thread.
     """
     cores = len(os.sched_getaffinity(0))
-    on_cpu = {
-        "teacher": resolve_device(config.teacher.device).type == "cpu",
-        "student": resolve_device(config.student.device).type == "cpu",
-    }
-    computing = config.teacher.num_workers * on_cpu["teacher"]
-    computing += config.student.num_ranks * on_cpu["student"]
-    share = max(1, cores // max(1, computing))
-    teacher = config.teacher.num_threads or (share if on_cpu["teacher"] else 1)
-    student = config.student.num_threads or (share if on_cpu["student"] else 1)
-    return teacher, student
+
+    def share(asked: int, num_processes: int, device: Device) -> int:
+        on_cpu = resolve_device(device).type == "cpu"
+        return asked or (max(1, cores // num_processes) if on_cpu else 1)
+
+    teacher, student = config.teacher, config.student
+    return (
+        share(teacher.num_threads, teacher.num_workers, teacher.device),
+        share(student.num_threads, student.num_ranks, student.device),
+    )
 
 
 def _how_to_go_on(folder: Path) -> str:

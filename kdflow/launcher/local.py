@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,14 +18,16 @@ from kdflow.teacher.worker import WorkerSpec
 from kdflow.transport import HiddenRing, RequestRing, request_bytes
 
 
-def run(config: RunConfig, announce: object = print) -> bool:
+def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
     """Distils; False where it was stopped before the end (a checkpoint is there then).
+
+    Args:
+        say: told of the data, and at the end of where the result is.
 
     Raises:
         KdflowError: bad input, before any model loads; a process that died, after all others
             were ended.
     """
-    say = announce if callable(announce) else print
     prepared = prepare(config)
     folder = open_output(config)
     say(f"train: {prepared.train.report}")

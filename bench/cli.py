@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -48,6 +49,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         reps=options.reps or (3 if options.quick else 7),
         budget_s=options.budget_s or (4.0 if options.quick else 30.0),
         num_threads=options.threads or len(os.sched_getaffinity(0)),
+        deadline=time.monotonic() + options.deadline_s,
     )
     machine = environment(device=options.device, num_threads=settings.num_threads)
     path = _result_path(options)
@@ -72,6 +74,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
             shapes=options.shapes,
             dtypes=options.dtype,
             divergences=options.divergence,
+            backend=options.backend,
         )
     if options.command in ("ring", "all"):
         found += ring.cases(quick=options.quick, sizes=options.sizes)
@@ -108,12 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--providers", nargs="+", default=[], metavar="NAME")
     shared.add_argument("--reps", type=int, help="repetitions of each provider (7; quick: 3)")
     shared.add_argument("--budget-s", type=float, help="seconds a provider may take in one case")
+    shared.add_argument("--deadline-s", type=float, default=float("inf"), help="seconds after which the run ends")
     shared.add_argument("--threads", type=int, help="threads of each provider (all cores)")
     shared.add_argument("--out", metavar="PATH", help="result file (bench/results/...)")
     loss_options = argparse.ArgumentParser(add_help=False)
     loss_options.add_argument("--shapes", nargs="+", default=[], metavar="N,V,Hs,Ht")
     loss_options.add_argument("--dtype", nargs="+", default=[], choices=list(loss.ITEM_BYTES))
     loss_options.add_argument("--divergence", nargs="+", default=[], choices=["forward_kl", "jsd", "reverse_kl"])
+    loss_options.add_argument("--backend", default="auto", help="of fused_kd_loss: auto (default), triton, torch")
     ring_options = argparse.ArgumentParser(add_help=False)
     ring_options.add_argument("--sizes", nargs="+", type=int, default=[], metavar="BYTES")
     commands.add_parser("loss", parents=[shared, loss_options], help=_summary(loss))

@@ -3,11 +3,13 @@ machines or folders: results are published."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,19 @@ def available_mib() -> float:
     match = re.search(r"^MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
     assert match is not None
     return int(match[1]) / 1024
+
+
+@functools.cache
+def free_device_mib(device: str) -> float:
+    """Memory of a CUDA device that nobody holds, asked in a process of its own: a context here
+    would take some of it until the run ends."""
+    ask = "import sys, torch; print(torch.cuda.mem_get_info(sys.argv[1])[0])"
+    command = [sys.executable, "-c", ask, device]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if result.returncode != 0:
+        lines = result.stderr.strip().splitlines() or ["no output"]
+        raise ValueError(f"--device {device}: torch cannot use it here ({scrub(lines[-1])}); choose cpu or another one")
+    return int(result.stdout) / 2**20
 
 
 def scrub(message: str) -> str:

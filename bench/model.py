@@ -22,13 +22,15 @@ class Provider:
 
     ``entry`` is ``"module:function"``; the function takes the case's params and returns a Trial.
     It is imported only in the provider's own process, so a provider that cannot be imported loses
-    its row and nothing else. ``env`` is added to that process's environment.
+    its row and nothing else. ``env`` is added to that process's environment. ``device_mib`` is
+    about what that process takes of a GPU's memory.
     """
 
     name: str
     entry: str
     role: Role = "peer"
     env: tuple[tuple[str, str], ...] = ()
+    device_mib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class Trial:
     ``seconds``, ``work`` and ``peak_mib`` in it replace what the harness would say, and ``wall_s``
     is what the repetition costs of the time budget. ``check`` gives values that providers must
     agree on; ``gradient_bytes`` are those of the results that a step must leave behind, which the
-    peak is stated without; ``note`` goes beside the row.
+    peak is stated without; ``note`` goes beside the row. A step that queues its work ``on_stream``
+    is timed by CUDA events behind another one, untimed, so that the clock sees a GPU with work
+    waiting, as in training, and not the host's first launches.
     """
 
     step: Callable[[], Mapping[str, float] | None]
@@ -76,6 +80,7 @@ class Trial:
     close: Callable[[], None] | None = None
     gradient_bytes: int = 0
     note: str = ""
+    on_stream: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,33 @@ all providers, so that ratios inside one run hold although the times drift.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from bench.client import WorkerClient, WorkerError
-from bench.environment import available_mib
+from bench.environment import available_mib, free_device_mib
 from bench.model import Case, Provider, Row, Status
 from bench.timing import quantile
+
+GPU_SHARE = 0.9  # of the free memory that providers may take together by their estimates
+MIN_TIMEOUT_S = 2.0  # at the deadline, so that what has been measured can still be checked
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure. ``budget_s`` bounds one provider's repetitions in one case."""
+    """How long to measure. ``budget_s`` bounds one provider's repetitions in one case; nothing
+    begins after ``deadline``, a moment of ``time.monotonic``, and what is under way then is cut."""
 
     reps: int = 5
     budget_s: float = 30.0
     num_threads: int = 1
+    deadline: float = float("inf")
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.deadline
 
 
 @dataclass
@@ -30,6 +41,7 @@ class _Lane:
 
     provider: Provider
     client: WorkerClient | None
+    deadline: float
     status: Status = "ok"
     notes: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -42,6 +54,7 @@ class _Lane:
         if self.client is None:
             return {}
         try:
+            timeout_s = max(MIN_TIMEOUT_S, min(timeout_s, self.deadline - time.monotonic()))
             return self.client.ask(do, timeout_s=timeout_s, **values)
         except WorkerError as error:
             self.client, self.status = None, error.status
@@ -73,23 +86,52 @@ def run_case(case: Case, settings: Settings, *, say: Callable[[str], None]) -> l
 
 def _groups(case: Case) -> list[Sequence[Provider]]:
     """The providers in groups whose processes fit into memory together, floors in each."""
+    floors = [provider for provider in case.providers if provider.role == "floor"]
+    others = [provider for provider in case.providers if provider not in floors]
+    if _is_on_gpu(case):
+        free = GPU_SHARE * free_device_mib(case.params["device"])
+        free -= sum(provider.device_mib for provider in floors)
+        return [floors + group for group in _packed(others, free)]
     fits = max(2, int(0.8 * available_mib() / case.worker_mib))
     if len(case.providers) <= fits:
         return [case.providers]
-    floors = [provider for provider in case.providers if provider.role == "floor"][: fits - 1]
+    floors = floors[: fits - 1]
     others = [provider for provider in case.providers if provider not in floors]
     size = fits - len(floors)
     return [floors + others[start : start + size] for start in range(0, len(others), size)]
 
 
+def _is_on_gpu(case: Case) -> bool:
+    return str(case.params.get("device", "cpu")).startswith("cuda")
+
+
+def _packed(providers: Sequence[Provider], free_mib: float) -> list[list[Provider]]:
+    """In order, a new group wherever the next one does not fit any more; one too big is alone."""
+    groups: list[list[Provider]] = [[]]
+    used = 0.0
+    for provider in providers:
+        if groups[-1] and used + provider.device_mib > free_mib:
+            groups.append([])
+            used = 0.0
+        groups[-1].append(provider)
+        used += provider.device_mib
+    return groups
+
+
 def _run_group(case: Case, providers: Sequence[Provider], settings: Settings, say: Callable[[str], None]) -> list[Row]:
-    lanes: list[_Lane] = []
+    if settings.is_over:
+        late = "not begun before the run's deadline"
+        return [_row(case, _Lane(provider, None, settings.deadline, "cut", [late])) for provider in providers]
+    lanes = [
+        _Lane(provider, WorkerClient(provider, num_threads=settings.num_threads), settings.deadline)
+        for provider in providers
+    ]
+    # On a GPU all start at once: the host has cores for their imports and compilers. On a CPU one
+    # after the other, since the first step may be the only one that a slow provider has time for.
+    executor = ThreadPoolExecutor(len(lanes) if _is_on_gpu(case) else 1)
     try:
-        for provider in providers:
-            say(f"{case.name}: starting {provider.name}")
-            client = WorkerClient(provider, num_threads=settings.num_threads)
-            lanes.append(_Lane(provider, client))
-            _start(lanes[-1], case, settings)
+        say(f"{case.name}: starting {', '.join(provider.name for provider in providers)}")
+        list(executor.map(lambda lane: _start(lane, case, settings), lanes))
         for rep in range(settings.reps if case.warm_up else settings.reps - 1):
             # Each round starts with another provider, so none always follows the same neighbour.
             first = rep % len(lanes)
@@ -103,8 +145,9 @@ def _run_group(case: Case, providers: Sequence[Provider], settings: Settings, sa
                 lane.memory = lane.ask("memory", timeout_s=60 + 4 * settings.budget_s)
             lane.check = lane.ask("check", timeout_s=60 + settings.budget_s)
     finally:
-        for lane in lanes:
-            lane.close()
+        executor.shutdown(wait=False, cancel_futures=True)
+        with ThreadPoolExecutor(len(lanes)) as closing:
+            list(closing.map(_Lane.close, lanes))
     return _with_floor([_row(case, lane) for lane in lanes])
 
 
@@ -130,7 +173,7 @@ def _start(lane: _Lane, case: Case, settings: Settings) -> None:
 
 
 def _has_time(lane: _Lane, settings: Settings) -> bool:
-    if lane.client is None:
+    if lane.client is None or settings.is_over:
         return False
     spent = sum(measures.get("wall_s", lane.seconds[i]) for i, measures in enumerate(lane.metrics))
     return not spent or spent * (1 + 1 / len(lane.seconds)) <= settings.budget_s

@@ -24,6 +24,20 @@ def time_step(step: Callable[[], Mapping[str, float] | None], *, device: str) ->
     return {"seconds": time.perf_counter() - start, **(measures or {})}
 
 
+def time_on_stream(step: Callable[[], object], *, prepare: Callable[[], object]) -> dict[str, float]:
+    """Run ``step`` twice on the current CUDA stream and time the second by events."""
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    step()
+    prepare()
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return {"seconds": start.elapsed_time(end) / 1000}
+
+
 def _synchronize(device: str) -> None:
     if device.startswith("cuda"):
         import torch

@@ -23,7 +23,7 @@ from typing import Any
 from bench.environment import scrub
 from bench.memory import MIB, peak_of, resident_mib, settle
 from bench.model import Trial, UnavailableError
-from bench.timing import time_step
+from bench.timing import time_on_stream, time_step
 
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
@@ -39,8 +39,7 @@ class Worker:
             case "setup":
                 return self.setup(request["entry"], request["params"])
             case "step":
-                self._prepare()
-                return time_step(self._step, device=self.device)
+                return self.step()
             case "memory":
                 return self.memory()
             case "check":
@@ -57,6 +56,13 @@ class Worker:
         self.resident_after_setup = resident_mib()
         return {"note": self.trial.note}
 
+    def step(self) -> dict[str, float]:
+        assert self.trial is not None
+        self._prepare()
+        if self.trial.on_stream and self.device.startswith("cuda"):
+            return time_on_stream(self.trial.step, prepare=self._prepare)
+        return time_step(self.trial.step, device=self.device)
+
     def memory(self) -> dict[str, float]:
         assert self.trial is not None
         self._prepare()
@@ -64,10 +70,6 @@ class Worker:
         kept = resident_mib() - self.resident_after_setup
         peak = peak_of(self.trial.step, device=self.device)
         return {"peak_mib": peak - self.trial.gradient_bytes / MIB, "kept_mib": kept}
-
-    def _step(self) -> Mapping[str, float] | None:
-        assert self.trial is not None
-        return self.trial.step()
 
     def _prepare(self) -> None:
         if self.trial is not None and self.trial.prepare is not None:

@@ -7,8 +7,9 @@ floor. N rows, V vocabulary, Hs and Ht hidden sizes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.environment import has_native_bf16
 from bench.model import Case, Provider
@@ -27,7 +28,26 @@ PROVIDERS = (
     Provider("liger chunk 128", f"{MODULE}:liger_small_chunks"),
     Provider("trl", f"{MODULE}:trl"),
 )
+ROW_CHUNKS = Provider("eager, row chunks recomputed", f"{MODULE}:row_chunks")
+LIGER_FUSED = Provider("liger fused", f"{MODULE}:liger_fused")
 NATIVE_FLOOR = Provider("4 GEMMs", f"{MODULE}:gemms", "floor")
+
+# On a GPU: student and teacher as Qwen3-4B with 1.7B and 8B, and the shapes around them. The
+# providers that hold full logits come last, so that the others share their groups.
+GPU_SHAPES = ((8192, 151936, 2560, 2048), (8192, 151936, 2560, 4096))
+GPU_SWEEP = (
+    (1024, 151936, 2560, 2048),
+    (4096, 151936, 2560, 2048),
+    (16384, 151936, 2560, 2048),
+    (8192, 32000, 2048, 4096),
+    (8192, 128256, 2048, 4096),
+)
+GPU_QUICK_SHAPES = ((2048, 32000, 2048, 4096),)
+GPU_CHUNKED = (PROVIDERS[0], PROVIDERS[5], LIGER_FUSED, PROVIDERS[3])
+GPU_PROVIDERS = (*GPU_CHUNKED, ROW_CHUNKS, PROVIDERS[2], PROVIDERS[1])
+# About what a process holds of the GPU: bytes for each of the N x V logits, and MiB besides inputs.
+LOGIT_BYTES = {"4 GEMMs": 6, "torch.compile": 22, "eager": 32}
+CONTEXT_MIB, CHUNKS_MIB = 1024, 6144
 FILTER = "bench.cases.loss_filter"
 FILTER_PROVIDERS = (
     Provider("4 GEMMs", f"{FILTER}:gemms", "floor"),
@@ -83,9 +103,50 @@ def cases(
     shapes: Sequence[str] = (),
     dtypes: Sequence[str] = (),
     divergences: Sequence[str] = (),
+    backend: str = "auto",
 ) -> list[Case]:
     """The cases asked for; by default every shape in the main dtype with forward KL, and the first
     shape also with JSD and in the other dtype."""
+    if runs_gpu_code(device):
+        found = _gpu_cases(device, quick, shapes, dtypes, divergences)
+    else:
+        found = _cpu_cases(device, quick, shapes, dtypes, divergences)
+    return [replace(case, params={**case.params, "backend": backend}) for case in found]
+
+
+def runs_gpu_code(device: str) -> bool:
+    """On CUDA, and where Triton's interpreter rehearses on a CPU what CUDA would run."""
+    return device.startswith("cuda") or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _gpu_cases(
+    device: str, quick: bool, shapes: Sequence[str], dtypes: Sequence[str], divergences: Sequence[str]
+) -> list[Case]:
+    """By default forward KL at both main shapes, JSD and reverse KL at the first, then the sweep."""
+    if shapes or dtypes or divergences:
+        chosen = [Shape.parse(text) for text in shapes] or [Shape(*shape) for shape in GPU_SHAPES]
+        grid = [
+            (shape, dtype, divergence)
+            for shape in chosen
+            for dtype in dtypes or ("bf16",)
+            for divergence in divergences or DIVERGENCES
+        ]
+        return [_case(*point, device, GPU_PROVIDERS) for point in grid]
+    if quick:
+        return [_case(Shape(*shape), "bf16", DIVERGENCES[0], device, GPU_PROVIDERS) for shape in GPU_QUICK_SHAPES]
+    first, *others = (Shape(*shape) for shape in GPU_SHAPES)
+    found = [
+        _case(first, "bf16", "forward_kl", device, GPU_PROVIDERS),
+        _case(first, "bf16", "jsd", device, GPU_PROVIDERS),
+        *(_case(shape, "bf16", "forward_kl", device, GPU_CHUNKED) for shape in others),
+        _case(first, "bf16", "reverse_kl", device, GPU_CHUNKED),
+    ]
+    return found + [_case(Shape(*shape), "bf16", "forward_kl", device, GPU_CHUNKED) for shape in GPU_SWEEP]
+
+
+def _cpu_cases(
+    device: str, quick: bool, shapes: Sequence[str], dtypes: Sequence[str], divergences: Sequence[str]
+) -> list[Case]:
     chosen = [Shape.parse(text) for text in shapes]
     chosen = chosen or [Shape(*shape) for shape in (QUICK_SHAPES if quick else SHAPES)]
     native = device != "cpu" or has_native_bf16()
@@ -126,9 +187,15 @@ def filter_case(student_layers: int, dtype: str, device: str) -> Case:
     )
 
 
-def _case(shape: Shape, dtype: str, divergence: str, device: str) -> Case:
+def _case(shape: Shape, dtype: str, divergence: str, device: str, providers: tuple[Provider, ...] = PROVIDERS) -> Case:
     rows, hidden = shape.num_rows, shape.student_hidden + shape.teacher_hidden
-    input_bytes = ITEM_BYTES[dtype] * (rows + shape.vocab_size) * hidden
+    input_mib = ITEM_BYTES[dtype] * (rows + shape.vocab_size) * hidden / 2**20
+    logits = rows * shape.vocab_size / 2**20
+
+    def sized(provider: Provider) -> Provider:
+        work = LOGIT_BYTES[provider.name] * logits if provider.name in LOGIT_BYTES else CHUNKS_MIB
+        return replace(provider, device_mib=CONTEXT_MIB + 2 * input_mib + work)
+
     return Case(
         suite="loss",
         name=f"{divergence} {dtype} {shape}",
@@ -141,8 +208,8 @@ def _case(shape: Shape, dtype: str, divergence: str, device: str) -> Case:
             "student_hidden": shape.student_hidden,
             "teacher_hidden": shape.teacher_hidden,
         },
-        providers=(*floors(dtype, device), *PROVIDERS),
+        providers=tuple(map(sized, (*floors(dtype, device), *providers))),
         work=shape.flops,
         unit="flop",
-        worker_mib=500 + 2 * input_bytes / 2**20,
+        worker_mib=500 + 2 * input_mib,
     )

@@ -78,6 +78,7 @@ def loss_trial(inputs: Inputs, loss_of: Loss, *, note: str = "") -> Trial:
         prepare=drop_gradients,
         gradient_bytes=sum(tensor.numel() * tensor.element_size() for tensor in student),
         note=note,
+        on_stream=True,
     )
 
 
@@ -96,6 +97,7 @@ def kdflow(params: Params) -> Trial:
             inputs.teacher_input,
             inputs.teacher_weight,
             divergence=params["divergence"],
+            backend=params["backend"],
         ).loss
 
     return loss_trial(Inputs.make(params), loss_of)
@@ -133,6 +135,34 @@ def compiled(params: Params) -> Trial:
     if trial.prepare is not None:
         trial.prepare()
     return trial
+
+
+def row_chunks(params: Params) -> Trial:
+    """How one bounds the memory in plain torch: the full-logit loss on 1024 rows at a time, each
+    piece computed again in backward; what frameworks without a kernel of their own do."""
+    from torch.utils.checkpoint import checkpoint
+
+    beta = BETAS[params["divergence"]]
+    size = min(1024, params["num_rows"])
+
+    def loss_of(inputs: Inputs) -> torch.Tensor:
+        total = inputs.student_input.new_zeros((), dtype=torch.float32)
+        pieces = zip(inputs.student_input.split(size), inputs.teacher_input.split(size), strict=True)
+        for student_rows, teacher_rows in pieces:
+            loss = checkpoint(
+                full_logit_loss,
+                student_rows,
+                inputs.student_weight,
+                teacher_rows,
+                inputs.teacher_weight,
+                beta,
+                use_reentrant=False,
+            )
+            assert isinstance(loss, torch.Tensor)
+            total = total + loss * len(student_rows)
+        return total / params["num_rows"]
+
+    return loss_trial(Inputs.make(params), loss_of)
 
 
 def _full_logit(function: Callable[..., torch.Tensor], params: Params) -> Loss:
@@ -178,6 +208,18 @@ def _liger(params: Params, *, chunk_size: int) -> Trial:
             inputs.teacher_weight,
             labels,
         )
+
+    return loss_trial(Inputs.make(params), loss_of)
+
+
+def liger_fused(params: Params) -> Trial:
+    """Liger's Triton kernel between GEMMs by chunks, gradients formed in forward as ours are."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=BETAS[params["divergence"]])
+
+    def loss_of(inputs: Inputs) -> torch.Tensor:
+        return loss(inputs.student_input, inputs.student_weight, inputs.teacher_input, inputs.teacher_weight, None)
 
     return loss_trial(Inputs.make(params), loss_of)
 
@@ -230,6 +272,7 @@ def gemm_trial(inputs: Inputs, *, cast_inside: bool) -> Trial:
     grad_input = torch.zeros_like(operands[0], dtype=dtype)
     grad_weight = torch.zeros_like(operands[1], dtype=dtype)
     lowered = [torch.empty_like(tensor) for tensor in operands[:2]] if cast_inside else []
+    grad_logits = _grad_logits(operands) if student_logits.is_cuda else student_logits
 
     @torch.no_grad()
     def step() -> None:
@@ -238,10 +281,24 @@ def gemm_trial(inputs: Inputs, *, cast_inside: bool) -> Trial:
         student_input, student_weight, teacher_input, teacher_weight = raised or operands
         torch.mm(student_input, student_weight.T, out=student_logits)
         torch.mm(teacher_input, teacher_weight.T, out=teacher_logits)
-        # The logits stand in for their own gradient: the GEMMs' time does not see the values.
-        torch.mm(student_logits, student_weight, out=grad_input)
-        torch.mm(student_logits.T, student_input, out=grad_weight)
+        torch.mm(grad_logits, student_weight, out=grad_input)
+        torch.mm(grad_logits.T, student_input, out=grad_weight)
         for target, source in zip(lowered, (grad_input, grad_weight), strict=False):
             target.copy_(source)
 
-    return Trial(step, note=f"{dtype}".removeprefix("torch."))
+    return Trial(step, note=f"{dtype}".removeprefix("torch."), on_stream=True)
+
+
+def _grad_logits(operands: list[torch.Tensor]) -> torch.Tensor:
+    """(N, V) of forward KL, for the GEMMs' time on a GPU: its clocks follow its power, and that
+    follows the values. On a CPU the logits stand in for their own gradient."""
+    student_input, student_weight, teacher_input, teacher_weight = operands
+    pieces = zip(student_input.split(512), teacher_input.split(512), strict=True)
+    return torch.cat(
+        [
+            (F.softmax((s @ student_weight.T).float(), -1) - F.softmax((t @ teacher_weight.T).float(), -1))
+            .div_(len(student_input))
+            .to(s.dtype)
+            for s, t in pieces
+        ]
+    )

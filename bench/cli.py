@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench import compare, output, report
-from bench.cases import e2e, loss, ring
+from bench.cases import ceilings, e2e, loss, ring
 from bench.environment import environment
 from bench.model import Case
 from bench.sweep import Settings, run_case
@@ -67,6 +67,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
 def _cases(options: argparse.Namespace) -> list[Case]:
     found: list[Case] = []
+    if options.command in ("ceilings", "all"):
+        found += ceilings.cases(device=options.device, quick=options.quick)
     if options.command in ("loss", "all"):
         found += loss.cases(
             device=options.device,
@@ -121,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     loss_options.add_argument("--backend", default="auto", help="of fused_kd_loss: auto (default), triton, torch")
     ring_options = argparse.ArgumentParser(add_help=False)
     ring_options.add_argument("--sizes", nargs="+", type=int, default=[], metavar="BYTES")
+    commands.add_parser("ceilings", parents=[shared], help=_summary(ceilings))
     commands.add_parser("loss", parents=[shared, loss_options], help=_summary(loss))
     commands.add_parser("ring", parents=[shared, ring_options], help=_summary(ring))
     commands.add_parser("e2e", parents=[shared], help=_summary(e2e))

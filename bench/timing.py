@@ -24,7 +24,9 @@ def time_step(step: Callable[[], Mapping[str, float] | None], *, device: str) ->
     return {"seconds": time.perf_counter() - start, **(measures or {})}
 
 
-def time_on_stream(step: Callable[[], object], *, prepare: Callable[[], object]) -> dict[str, float]:
+def time_on_stream(
+    step: Callable[[], Mapping[str, float] | None], *, prepare: Callable[[], object]
+) -> dict[str, float]:
     """Run ``step`` twice on the current CUDA stream and time the second by events."""
     import torch
 
@@ -32,10 +34,10 @@ def time_on_stream(step: Callable[[], object], *, prepare: Callable[[], object])
     step()
     prepare()
     start.record()
-    step()
+    measures = step()
     end.record()
     end.synchronize()
-    return {"seconds": start.elapsed_time(end) / 1000}
+    return {"seconds": start.elapsed_time(end) / 1000, **(measures or {})}
 
 
 def _synchronize(device: str) -> None:

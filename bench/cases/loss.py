@@ -45,6 +45,7 @@ GPU_SWEEP = (
 GPU_QUICK_SHAPES = ((2048, 32000, 2048, 4096),)
 GPU_CHUNKED = (PROVIDERS[0], PROVIDERS[5], LIGER_FUSED, PROVIDERS[3])
 GPU_PROVIDERS = (*GPU_CHUNKED, ROW_CHUNKS, PROVIDERS[2], PROVIDERS[1])
+PROFILE = Provider("kdflow, profiled", "bench.cases.loss_profile:kernels", "ours")
 # About what a process holds of the GPU: bytes for each of the N x V logits, and MiB besides inputs.
 LOGIT_BYTES = {"4 GEMMs": 6, "torch.compile": 22, "eager": 32}
 CONTEXT_MIB, CHUNKS_MIB = 1024, 6144
@@ -138,10 +139,17 @@ def _gpu_cases(
     found = [
         _case(first, "bf16", "forward_kl", device, GPU_PROVIDERS),
         _case(first, "bf16", "jsd", device, GPU_PROVIDERS),
+        *(profile_case(first, divergence, device) for divergence in DIVERGENCES),
         *(_case(shape, "bf16", "forward_kl", device, GPU_CHUNKED) for shape in others),
         _case(first, "bf16", "reverse_kl", device, GPU_CHUNKED),
     ]
     return found + [_case(Shape(*shape), "bf16", "forward_kl", device, GPU_CHUNKED) for shape in GPU_SWEEP]
+
+
+def profile_case(shape: Shape, divergence: str, device: str) -> Case:
+    """Where the time of one shape goes, kernel by kernel."""
+    case = _case(shape, "bf16", divergence, device, (PROFILE,))
+    return replace(case, name=f"kernels of {case.name}", measures_memory=False)
 
 
 def _cpu_cases(

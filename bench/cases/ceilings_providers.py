@@ -1,0 +1,64 @@
+"""What ``bench ceilings`` runs in the workers. A copy of B bytes reads B and writes B: its rate
+counts B, so that the traffic of the memory is twice it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from bench.model import Trial
+
+Params = Mapping[str, Any]
+
+
+def gemm(params: Params) -> Trial:
+    size, device = params["size"], params["device"]
+    left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(left)
+    return _repeated(params, lambda: torch.mm(left, right, out=product))
+
+
+def device_copy(params: Params) -> Trial:
+    source = torch.zeros(params["num_bytes"], dtype=torch.uint8, device=params["device"])
+    target = torch.ones_like(source)
+    return _repeated(params, lambda: target.copy_(source))
+
+
+def host_to_device(params: Params) -> Trial:
+    host, device = _both_memories(params)
+    return _repeated(params, lambda: device.copy_(host, non_blocking=True))
+
+
+def device_to_host(params: Params) -> Trial:
+    host, device = _both_memories(params)
+    return _repeated(params, lambda: host.copy_(device, non_blocking=True))
+
+
+def both_ways(params: Params) -> Trial:
+    """One buffer up and another one down, each on its stream; the rate counts one of them."""
+    (up_host, up_device), (down_host, down_device) = _both_memories(params), _both_memories(params)
+    down = torch.cuda.Stream()
+
+    def once() -> None:
+        down.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(down):
+            down_host.copy_(down_device, non_blocking=True)
+        up_device.copy_(up_host, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(down)
+
+    return _repeated(params, once)
+
+
+def _both_memories(params: Params) -> tuple[torch.Tensor, torch.Tensor]:
+    device = torch.zeros(params["num_bytes"], dtype=torch.uint8, device=params["device"])
+    return torch.ones(params["num_bytes"], dtype=torch.uint8).pin_memory(), device
+
+
+def _repeated(params: Params, once: Callable[[], object]) -> Trial:
+    def step() -> None:
+        for _ in range(params["repeats"]):
+            once()
+
+    return Trial(step, on_stream=True)

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from kdflow.config import Device, RunConfig
+from kdflow.config import RunConfig
 from kdflow.errors import TransportError
 from kdflow.launcher.prepare import open_output, prepare
 from kdflow.launcher.rank import RankSpec, run_rank
 from kdflow.launcher.teachers import TeacherProcess
-from kdflow.modeling import resolve_device
+from kdflow.modeling import hide_progress_bars
 from kdflow.teacher.worker import WorkerSpec
 from kdflow.transport import HiddenRing, RequestRing, request_bytes
 
@@ -28,6 +28,7 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
         KdflowError: bad input, before any model loads; a process that died, after all others
             were ended.
     """
+    hide_progress_bars()
     prepared = prepare(config)
     folder = open_output(config)
     say(f"train: {prepared.train.report}")
@@ -60,7 +61,8 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
                 TeacherProcess(
                     WorkerSpec(
                         teacher=config.teacher,
-                        worker=worker,
+                        # Behind the student's GPUs, as far as there are more.
+                        gpu=num_ranks + worker,
                         num_threads=teacher_threads,
                         requests=requests.handle,
                         hidden=handles,
@@ -113,18 +115,17 @@ def share_threads(config: RunConfig) -> tuple[int, int]:
     """CPU threads of each teacher worker and of each student rank.
 
     Each side divides all cores among its own processes: teacher and student take turns at waiting
-    for one another, and an idle thread sleeps (see cli.py). A side on a GPU needs one thread.
+    for one another, and an idle thread sleeps (see cli.py). On a GPU they serve loading and saving.
     """
     cores = len(os.sched_getaffinity(0))
 
-    def share(asked: int, num_processes: int, device: Device) -> int:
-        on_cpu = resolve_device(device).type == "cpu"
-        return asked or (max(1, cores // num_processes) if on_cpu else 1)
+    def share(asked: int, num_processes: int) -> int:
+        return asked or max(1, cores // num_processes)
 
     teacher, student = config.teacher, config.student
     return (
-        share(teacher.num_threads, teacher.num_workers, teacher.device),
-        share(student.num_threads, student.num_ranks, student.device),
+        share(teacher.num_threads, teacher.num_workers),
+        share(student.num_threads, student.num_ranks),
     )
 
 

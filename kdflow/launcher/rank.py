@@ -17,7 +17,7 @@ from rich.console import Console
 
 from kdflow.config import RunConfig
 from kdflow.launcher.prepare import Prepared, prepare
-from kdflow.modeling import load_lm_head, resolve_device, resolve_dtype
+from kdflow.modeling import hide_progress_bars, load_lm_head, resolve_device, resolve_dtype
 from kdflow.observe import Progress, Recorder
 from kdflow.student import CheckpointStore, FSDP2Student, export_model
 from kdflow.training import Observer, Trainer, plan
@@ -91,6 +91,7 @@ def run_rank(spec: RankSpec, prepared: Prepared | None = None) -> bool:
     """
     config, folder = spec.config, Path(spec.folder)
     torch.set_num_threads(spec.num_threads)
+    hide_progress_bars()
     device = resolve_device(config.student.device, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)

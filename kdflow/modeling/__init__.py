@@ -3,19 +3,21 @@
 from kdflow.modeling.attention import PACKED_ATTENTION
 from kdflow.modeling.decoder import forward_hidden_states, head_options
 from kdflow.modeling.loading import (
+    hide_progress_bars,
     load_causal_lm,
     load_decoder,
     load_lm_head,
     load_model_config,
     load_tokenizer,
 )
-from kdflow.modeling.placement import resolve_device, resolve_dtype
+from kdflow.modeling.placement import resolve_device, resolve_dtype, to_device
 from kdflow.modeling.prune import prune_layers
 
 __all__ = [
     "PACKED_ATTENTION",
     "forward_hidden_states",
     "head_options",
+    "hide_progress_bars",
     "load_causal_lm",
     "load_decoder",
     "load_lm_head",
@@ -24,4 +26,5 @@ __all__ = [
     "prune_layers",
     "resolve_device",
     "resolve_dtype",
+    "to_device",
 ]

@@ -1,17 +1,43 @@
 """Attention over packed samples: none sees another, and no mask is built.
 
-Shapes: 1 batch, Q query heads, K key heads, T packed tokens, D head size.
+On CUDA in half precision all samples go through one variable-length flash kernel, elsewhere each
+through SDPA on its own.
+
+Shapes: 1 batch, Q query heads, K key heads, T packed tokens, D head size, B samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from kdflow.modeling.placement import to_device
+
 PACKED_ATTENTION = "kdflow_packed"
+
+
+def packed_options(sequence_lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """Keywords for the forward of a model whose attention is PACKED_ATTENTION.
+
+    Made once for all layers. The last four are transformers' own, for models that take them.
+
+    Args:
+        sequence_lengths: lengths of the samples, adding up to T.
+    """
+    ends = np.cumsum((0, *sequence_lengths), dtype=np.int32)
+    cu_seqlens, longest = to_device(ends, device), max(sequence_lengths)
+    return {
+        "sequence_lengths": tuple(sequence_lengths),
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def packed_attention(
@@ -22,6 +48,8 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     *,
     sequence_lengths: Sequence[int],
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -31,11 +59,13 @@ def packed_attention(
     """Causal attention of each sample over itself alone.
 
     The signature is that of transformers' attention functions, which pass every keyword of
-    the model's forward through; `sequence_lengths` is ours, host integers, so no device wait.
+    the model's forward through.
 
     Args:
         query: (1, Q, T, D); key and value: (1, K, T, D), K dividing Q.
-        sequence_lengths: lengths of the samples, adding up to T.
+        sequence_lengths: lengths of the samples, adding up to T; host integers, so no device wait.
+        cu_seq_lens_q: (B + 1,) int32, where each sample begins and the last one ends.
+        max_length_q: of the longest sample.
         sliding_window: a token sees itself and the `sliding_window - 1` before it.
 
     Returns:
@@ -51,6 +81,27 @@ def packed_attention(
         )
     assert attention_mask is None
     assert sum(sequence_lengths) == query.shape[2]
+    if sliding_window is not None and sliding_window >= max_length_q:
+        sliding_window = None
+    if _flash_takes(query):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        # SDPA's own kernel, which knows packed samples although SDPA does not: (T, Q, D).
+        output, *_ = torch.ops.aten._flash_attention_forward(
+            q,
+            k,
+            v,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            dropout,
+            True,  # causal
+            False,  # return_debug_mask
+            scale=scaling,
+            window_size_left=None if sliding_window is None else sliding_window - 1,
+            window_size_right=None if sliding_window is None else 0,
+        )
+        return output[None], None
     outputs = []
     for q, k, v in zip(
         query.split(tuple(sequence_lengths), dim=2),
@@ -77,6 +128,17 @@ def packed_attention(
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _flash_takes(query: torch.Tensor) -> bool:
+    head_size = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and head_size % 8 == 0
+        and head_size <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

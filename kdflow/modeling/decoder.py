@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kdflow.errors import ConfigError
+from kdflow.modeling.attention import packed_options
 
 
 def forward_hidden_states(
@@ -32,7 +33,7 @@ def forward_hidden_states(
         input_ids=input_ids[None],
         position_ids=position_ids[None],
         use_cache=False,
-        sequence_lengths=tuple(sequence_lengths),
+        **packed_options(sequence_lengths, input_ids.device),
     )
     return output.last_hidden_state[0]
 

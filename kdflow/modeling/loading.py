@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.utils.logging as transformers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
@@ -19,6 +20,11 @@ from kdflow.types import LMHead
 
 _HEAD_NAMES = ("lm_head", "output", "embed_out")
 _EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+
+
+def hide_progress_bars() -> None:
+    """Bars of transformers and the hub (loading weights, writing shards) would break up our own output."""
+    transformers_logging.disable_progress_bar()
 
 
 def _source(model: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from kdflow.config import Device, Dtype
@@ -19,6 +20,12 @@ def resolve_device(device: Device, index: int = 0) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError("device: expected a CUDA device, found none; use cpu or auto")
     return torch.device("cuda", index % torch.cuda.device_count())
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array as a tensor; from pinned memory on CUDA, so that the host does not wait for the device."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:

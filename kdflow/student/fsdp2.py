@@ -8,7 +8,6 @@ the loss and reduce its gradient after it, tied or untied. Fetching the head fro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -19,21 +18,21 @@ from torch.distributed.tensor import DTensor
 
 from kdflow.algorithms import Algorithm
 from kdflow.config import OptimizerConfig, StudentConfig
-from kdflow.modeling import forward_hidden_states, head_options, load_causal_lm, resolve_dtype
+from kdflow.modeling import forward_hidden_states, head_options, load_causal_lm, resolve_dtype, to_device
+from kdflow.student.rows import RowsToDevice, TeacherRows
 from kdflow.types import LMHead, LossRows, Microbatch
 from kdflow_kernels import KDLossOutput
-
-TeacherRows = Callable[[], torch.Tensor]
 
 
 class _StudentModule(torch.nn.Module):
     """The FSDP root: causal LM and loss in one forward."""
 
-    def __init__(self, model: Any, algorithm: Algorithm, teacher_head: LMHead) -> None:
+    def __init__(self, model: Any, algorithm: Algorithm, teacher_head: LMHead, device: torch.device) -> None:
         super().__init__()
         self.model = model
         self._algorithm = algorithm
         self._teacher_head = teacher_head
+        self._rows_to_device = RowsToDevice(device)
         self._logit_scale, self._softcap = head_options(model.config)
 
     def forward(
@@ -47,17 +46,17 @@ class _StudentModule(torch.nn.Module):
         device = head.weight.device
         hidden = forward_hidden_states(
             self.model.base_model,
-            torch.from_numpy(microbatch.input_ids).to(device, torch.int64),
-            torch.from_numpy(microbatch.position_ids()).to(device),
+            to_device(microbatch.input_ids, device).long(),
+            to_device(microbatch.position_ids(), device),
             microbatch.sequence_lengths,
         )
-        rows = torch.from_numpy(microbatch.loss_rows).to(device, torch.int64)
+        rows = to_device(microbatch.loss_rows, device).long()
         student = LossRows(
             hidden.index_select(0, rows),
             LMHead(head.weight, head.bias, self._logit_scale, self._softcap),
         )
-        teacher = LossRows(teacher_rows().to(device), self._teacher_head)
-        labels = torch.from_numpy(microbatch.shift_labels()).to(device)
+        teacher = LossRows(self._rows_to_device(teacher_rows), self._teacher_head)
+        labels = to_device(microbatch.shift_labels(), device)
         compute = self._algorithm.loss if training else self._algorithm.evaluate
         return compute(student, teacher, labels, num_items=num_items)
 
@@ -89,15 +88,18 @@ class FSDP2Student:
     ) -> None:
         self.num_ranks = torch.distributed.get_world_size()
         model = load_causal_lm(config.model, torch.float32).train()
-        self.module = _StudentModule(model, algorithm, teacher_head).to(device)
+        self.module = _StudentModule(model, algorithm, teacher_head, device).to(device)
         compute_dtype = resolve_dtype(config.compute_dtype, device)
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         mesh = init_device_mesh(device.type, (self.num_ranks,), mesh_dim_names=("shard",))
+        # A single rank frees nothing by giving gathered weights back between forward and backward but
+        # their low-precision copy, and would cast them anew.
+        keep_gathered = self.num_ranks == 1
         layers = model.base_model.layers
         for index, layer in enumerate(layers):
             if config.activation_checkpointing:
                 layer = layers[index] = checkpoint_wrapper(layer)
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
         fully_shard(self.module, mesh=mesh, mp_policy=policy)
         self._config = optimizer
         self._num_steps = num_steps
@@ -118,7 +120,10 @@ class FSDP2Student:
             num_items: loss tokens of the whole step, over all ranks and microbatches.
             last: the step's last microbatch; gradients are reduced with it alone.
         """
-        cast(FSDPModule, self.module).set_requires_gradient_sync(last)
+        module = cast(FSDPModule, self.module)
+        module.set_requires_gradient_sync(last)
+        if self.num_ranks == 1:
+            module.set_reshard_after_backward(last)
         # FSDP averages gradients over ranks; the sum over ranks is wanted.
         output = self.module(microbatch, teacher_rows, num_items / self.num_ranks, True)
         output.loss.backward()

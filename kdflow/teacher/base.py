@@ -22,15 +22,15 @@ class Teacher(Protocol):
     hidden_size: int
     dtype: torch.dtype
 
-    def __init__(self, config: TeacherConfig, *, worker: int) -> None:
-        """Loads the model; `worker` counts the workers of a run and picks the GPU."""
+    def __init__(self, config: TeacherConfig, *, gpu: int) -> None:
+        """Loads the model; `gpu`, counted round, is the one to take where it runs on CUDA."""
         ...
 
     def prefill(self, microbatch: Microbatch, out: torch.Tensor) -> None:
         """Writes the last hidden states (after the final norm) of the loss rows.
 
         Args:
-            out: (N, H) in `dtype`, host memory.
+            out: (N, H) in `dtype`, host memory; all of it is written when this returns.
         """
         ...
 

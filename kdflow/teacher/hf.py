@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kdflow.config import TeacherConfig
-from kdflow.modeling import forward_hidden_states, load_decoder, resolve_device, resolve_dtype
+from kdflow.modeling import forward_hidden_states, load_decoder, resolve_device, resolve_dtype, to_device
 from kdflow.teacher.base import TEACHERS
 from kdflow.types import Microbatch
 
@@ -14,8 +14,10 @@ from kdflow.types import Microbatch
 class HFTeacher:
     """Runs the decoder, not the head, over packed samples."""
 
-    def __init__(self, config: TeacherConfig, *, worker: int) -> None:
-        self._device = resolve_device(config.device, worker)
+    def __init__(self, config: TeacherConfig, *, gpu: int) -> None:
+        self._device = resolve_device(config.device, gpu)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
         self.dtype = resolve_dtype(config.dtype, self._device)
         self._decoder = load_decoder(config.model, self.dtype).to(self._device)
         self.hidden_size: int = self._decoder.config.get_text_config().hidden_size
@@ -24,12 +26,12 @@ class HFTeacher:
     def prefill(self, microbatch: Microbatch, out: torch.Tensor) -> None:
         hidden = forward_hidden_states(
             self._decoder,
-            torch.from_numpy(microbatch.input_ids).to(self._device, torch.int64),
-            torch.from_numpy(microbatch.position_ids()).to(self._device),
+            to_device(microbatch.input_ids, self._device).long(),
+            to_device(microbatch.position_ids(), self._device),
             microbatch.sequence_lengths,
         )
-        rows = torch.from_numpy(microbatch.loss_rows).to(self._device, torch.int64)
+        rows = to_device(microbatch.loss_rows, self._device).long()
         if self._device.type == "cpu":
             torch.index_select(hidden, 0, rows, out=out)
         else:
-            out.copy_(hidden.index_select(0, rows))
+            out.copy_(hidden.index_select(0, rows))  # the host waits until the rows are there

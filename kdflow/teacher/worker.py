@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from kdflow.config import TeacherConfig
+from kdflow.modeling import hide_progress_bars
 from kdflow.teacher.base import TEACHERS, Teacher
 from kdflow.transport import HiddenRing, HiddenStatesServer, RequestRing
 from kdflow.types import Microbatch
@@ -28,7 +29,7 @@ class WorkerSpec:
 
     Attributes:
         teacher: the section of the run's config.
-        worker: counts the workers of the run.
+        gpu: which one to take, counted round.
         num_threads: CPU threads.
         requests: handle of the request ring.
         hidden: handles of the data rings, by rank.
@@ -37,7 +38,7 @@ class WorkerSpec:
     """
 
     teacher: TeacherConfig
-    worker: int
+    gpu: int
     num_threads: int
     requests: str
     hidden: list[str]
@@ -57,7 +58,7 @@ class _Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self._parent = os.getppid()
         torch.set_num_threads(spec.num_threads)
-        self._teacher: Teacher = TEACHERS.get(spec.teacher.backend)(spec.teacher, worker=spec.worker)
+        self._teacher: Teacher = TEACHERS.get(spec.teacher.backend)(spec.teacher, gpu=spec.gpu)
         self._server = HiddenStatesServer(
             RequestRing.attach(spec.requests, role="consumer"),
             {rank: HiddenRing.attach(handle, role="producer") for rank, handle in enumerate(spec.hidden)},
@@ -89,6 +90,7 @@ class _Worker:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's, which ends us
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    hide_progress_bars()
     _Worker(WorkerSpec.from_json(sys.argv[1])).serve()
 
 

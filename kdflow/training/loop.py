@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol
@@ -12,7 +11,7 @@ import torch
 
 from kdflow.data import Step
 from kdflow.errors import TrainingError
-from kdflow.training.metrics import EvalMetrics, StepMetrics, Totals, perplexity
+from kdflow.training.metrics import EvalMetrics, StepMetrics, Totals, WaitTimer, perplexity
 from kdflow.training.schedule import Evaluation
 from kdflow.types import Microbatch
 from kdflow_kernels import KDLossOutput
@@ -91,6 +90,7 @@ class Trainer:
         self._student = student
         self._hidden_states = hidden_states
         self._device = device
+        self._clock = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._observers = observers
         self._save = save
         self._save_every = save_every
@@ -125,7 +125,7 @@ class Trainer:
         for microbatch in step.microbatches:
             with next(rows) as pending:
                 assert pending.microbatch is microbatch
-                teacher_rows = _Timed(pending.tensor)
+                teacher_rows = WaitTimer(pending.tensor, self._clock)
                 output = self._student.forward_backward(
                     microbatch,
                     teacher_rows,
@@ -136,7 +136,7 @@ class Trainer:
                     output,
                     microbatch.num_loss_tokens,
                     prefill_s=pending.prefill_s,
-                    wait_s=teacher_rows.seconds,
+                    wait=teacher_rows,
                 )
         grad_norm, learning_rate = self._student.optimizer_step(step.index)
         means, stop = totals.reduce(
@@ -179,7 +179,7 @@ class Trainer:
             with next(rows) as pending:
                 assert pending.microbatch is microbatch
                 output = self._student.evaluate(microbatch, pending.tensor, num_items=evaluation.num_loss_tokens)
-                totals.add(output, microbatch.num_loss_tokens, prefill_s=pending.prefill_s, wait_s=0.0)
+                totals.add(output, microbatch.num_loss_tokens, prefill_s=pending.prefill_s)
         means, _ = totals.reduce(evaluation.num_loss_tokens, loss_scale=1.0)
         metrics = EvalMetrics(
             step=evaluation.num_steps_done,
@@ -192,17 +192,3 @@ class Trainer:
         )
         for observer in self._observers:
             observer.on_eval(metrics)
-
-
-class _Timed:
-    """Calls a function and remembers how long it took."""
-
-    def __init__(self, function: TeacherRows) -> None:
-        self._function = function
-        self.seconds = 0.0
-
-    def __call__(self) -> torch.Tensor:
-        start = time.perf_counter()
-        result = self._function()
-        self.seconds += time.perf_counter() - start
-        return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ class StepMetrics:
         top1_agreement: part of them where both sides' likeliest token is the same.
         student_tokens_per_s: tokens of the step over the time the step took.
         teacher_tokens_per_s: tokens of the step over the time teachers prefilled for it.
-        teacher_wait_s: time in which the student waited for hidden states.
+        teacher_wait_s: time in which the student's device stood still for want of hidden states.
     """
 
     step: int
@@ -65,6 +66,43 @@ class EvalMetrics:
     eval_s: float
 
 
+class WaitTimer:
+    """Calls for teacher rows, and says how long the student's device stood still until they came.
+
+    On CUDA the host is ahead of the device: what counts is the time from the end of the work that
+    was queued before the call to the moment when the rows are there.
+
+    Args:
+        clock: a stream in which nothing else runs, on CUDA.
+    """
+
+    def __init__(self, function: Callable[[], torch.Tensor], clock: torch.cuda.Stream | None) -> None:
+        self._function = function
+        self._clock = clock
+        self._host_s = 0.0
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+
+    def __call__(self) -> torch.Tensor:
+        if self._clock is None:
+            start = time.perf_counter()
+            rows = self._function()
+            self._host_s = time.perf_counter() - start
+            return rows
+        self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        self._events[0].record()
+        rows = self._function()
+        self._events[1].record(self._clock)
+        return rows
+
+    def seconds(self) -> float:
+        """To be asked once the device is done with what came after the rows."""
+        if self._events is None:
+            return self._host_s
+        queued, came = self._events
+        came.synchronize()
+        return max(0.0, queued.elapsed_time(came) * 1e-3)
+
+
 class Totals:
     """Adds up loss outputs on the device; one device wait, when the sums are read."""
 
@@ -74,10 +112,10 @@ class Totals:
     def __init__(self, device: torch.device) -> None:
         self._values = torch.zeros(len(self._SUMS) + len(self._MEANS), device=device)
         self._prefill_s = 0.0
-        self._wait_s = 0.0
+        self._waits: list[WaitTimer] = []
         self._start = time.perf_counter()
 
-    def add(self, output: KDLossOutput, num_rows: int, *, prefill_s: float, wait_s: float) -> None:
+    def add(self, output: KDLossOutput, num_rows: int, *, prefill_s: float, wait: WaitTimer | None = None) -> None:
         """A microbatch whose losses are already divided by the tokens of the whole step."""
         fields = output._asdict()
         sums = [fields[n].detach().float() for n in self._SUMS]
@@ -86,7 +124,8 @@ class Totals:
             means = [torch.zeros_like(m) for m in means]
         self._values += torch.stack(sums + means)
         self._prefill_s += prefill_s
-        self._wait_s += wait_s
+        if wait is not None:
+            self._waits.append(wait)
 
     def reduce(self, num_loss_tokens: int, *, loss_scale: float, stop: bool = False) -> tuple[dict[str, float], bool]:
         """Means over all ranks' tokens, and whether any rank wants to stop.
@@ -97,10 +136,10 @@ class Totals:
         """
         times = torch.tensor([self._prefill_s, float(stop)], device=self._values.device)
         values = torch.cat([self._values, times])
-        wait_s = torch.tensor([self._wait_s], device=values.device)
         dist.all_reduce(values)
-        dist.all_reduce(wait_s, op=dist.ReduceOp.MAX)
         *numbers, prefill_s, stops = values.tolist()
+        wait_s = torch.tensor([sum(w.seconds() for w in self._waits)], device=values.device)
+        dist.all_reduce(wait_s, op=dist.ReduceOp.MAX)
         result: dict[str, float] = dict(zip((*self._SUMS, *self._MEANS), numbers, strict=True))
         for name in self._SUMS:
             result[name] *= loss_scale

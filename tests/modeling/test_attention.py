@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from kdflow.modeling import PACKED_ATTENTION, forward_hidden_states, load_causal_lm
-from kdflow.modeling.attention import packed_attention
+from kdflow.modeling.attention import packed_attention, packed_options
 
 LENGTHS = (5, 1, 9)
 
@@ -65,4 +65,4 @@ def test_sliding_window() -> None:
 def test_capped_attention_logits_are_refused() -> None:
     q = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ValueError, match="softcap=30"):
-        packed_attention(torch.nn.Identity(), q, q, q, None, sequence_lengths=(2,), softcap=30.0)
+        packed_attention(torch.nn.Identity(), q, q, q, None, **packed_options((2,), q.device), softcap=30.0)

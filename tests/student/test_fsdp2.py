@@ -41,7 +41,7 @@ class Rows:
 
     def __init__(self, folder: Path) -> None:
         config = TeacherConfig(str(folder / "teacher"), dtype="float32", device="cpu")
-        self._teacher = TEACHERS.get("hf")(config, worker=0)
+        self._teacher = TEACHERS.get("hf")(config, gpu=0)
 
     def __call__(self, microbatch: Microbatch) -> torch.Tensor:
         out = torch.empty(microbatch.num_loss_tokens, self._teacher.hidden_size)

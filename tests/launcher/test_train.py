@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,22 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdflow.config import RunConfig, dump_config, load_config
-
-
-def command(config: RunConfig, *options: str) -> list[str]:
-    path = Path(config.output_dir).with_name("config-of-test.yaml")
-    path.write_text(dump_config(config), encoding="utf-8")
-    return [sys.executable, "-c", "from kdflow.cli import main; main()", "train", str(path), *options]
-
-
-def train(config: RunConfig, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(config, *options), capture_output=True, text=True, timeout=240)
-
-
-def metrics_of(config: RunConfig, kind: str) -> list[dict]:
-    lines = Path(config.output_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [m for m in map(json.loads, lines) if m["kind"] == kind]
+from kdflow.config import load_config
+from support.run import command, metrics_of, train
 
 
 def children(pid: int) -> set[int]:
@@ -85,13 +69,13 @@ def test_run_exports_metrics_and_resolved_config(run_config) -> None:
 
 
 def test_two_ranks_and_two_teachers_match_one_of_each(run_config, tmp_path: Path) -> None:
-    one = run_config(output_dir=tmp_path / "one", training__tokens_per_microbatch=128)
-    two = run_config(
-        output_dir=tmp_path / "two",
-        student__num_ranks=2,
-        teacher__num_workers=2,
-        training__tokens_per_microbatch=128,
-    )
+    exact = {
+        "teacher__dtype": "float32",
+        "student__compute_dtype": "float32",
+        "training__tokens_per_microbatch": 128,
+    }
+    one = run_config(output_dir=tmp_path / "one", **exact)
+    two = run_config(output_dir=tmp_path / "two", student__num_ranks=2, teacher__num_workers=2, **exact)
     for config in (one, two):
         result = train(config)
         assert result.returncode == 0, result.stderr

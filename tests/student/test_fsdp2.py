@@ -9,53 +9,13 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from kdflow.algorithms import ALGORITHMS, ModelInfo
-from kdflow.config import AlgorithmConfig, OptimizerConfig, StudentConfig, TeacherConfig
-from kdflow.data import load_datasets, pack_step, training_steps
-from kdflow.modeling import load_lm_head
-from kdflow.student import CheckpointStore, FSDP2Student, export_model
+from kdflow.config import OptimizerConfig
+from kdflow.data import pack_step, training_steps
+from kdflow.student import CheckpointStore, export_model
 from kdflow.student.fsdp2 import lr_factor
-from kdflow.teacher import TEACHERS
-from kdflow.types import Microbatch
 from support.ranks import run_on_ranks
+from support.student import CONFIG, Rows, load_samples, make_student
 from support.tiny import make_config
-
-CPU = torch.device("cpu")
-CONFIG = {"ce_weight": 0.3, "temperature": 1.5}
-
-
-def make_student(model: str, teacher: str, *, num_steps: int = 8, **options: Any) -> FSDP2Student:
-    info = ModelInfo("tiny", {}, 384)
-    return FSDP2Student(
-        StudentConfig(model, compute_dtype=options.pop("compute_dtype", "float32"), **options),
-        OptimizerConfig(learning_rate=3e-3, warmup_steps=1),
-        algorithm=ALGORITHMS.get("vanilla")(AlgorithmConfig(**CONFIG), student=info, teacher=info),
-        teacher_head=load_lm_head(teacher, torch.float32),
-        device=CPU,
-        num_steps=num_steps,
-    )
-
-
-class Rows:
-    """Rows of the real teacher, straight from its decoder."""
-
-    def __init__(self, folder: Path) -> None:
-        config = TeacherConfig(str(folder / "teacher"), dtype="float32", device="cpu")
-        self._teacher = TEACHERS.get("hf")(config, gpu=0)
-
-    def __call__(self, microbatch: Microbatch) -> torch.Tensor:
-        out = torch.empty(microbatch.num_loss_tokens, self._teacher.hidden_size)
-        if len(out):
-            self._teacher.prefill(microbatch, out)
-        return out
-
-
-def load_samples(folder: Path):
-    from kdflow.config import DataConfig
-    from kdflow.modeling import load_tokenizer
-
-    config = DataConfig(str(folder / "conversations.jsonl"), num_eval_samples=0, max_length=128)
-    return load_datasets(config, load_tokenizer(str(folder / "student")), 0)[0].samples
 
 
 def train(folder: Path, model: str, num_samples: int, budget: int, num_steps: int, options: dict[str, Any]):

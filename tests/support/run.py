@@ -1,0 +1,25 @@
+"""`kdflow train` as a command, and what it wrote."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from kdflow.config import RunConfig, dump_config
+
+
+def command(config: RunConfig, *options: str) -> list[str]:
+    path = Path(config.output_dir).with_name("config-of-test.yaml")
+    path.write_text(dump_config(config), encoding="utf-8")
+    return [sys.executable, "-c", "from kdflow.cli import main; main()", "train", str(path), *options]
+
+
+def train(config: RunConfig, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(config, *options), capture_output=True, text=True, timeout=240)
+
+
+def metrics_of(config: RunConfig, kind: str) -> list[dict]:
+    lines = Path(config.output_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [m for m in map(json.loads, lines) if m["kind"] == kind]

@@ -1,0 +1,52 @@
+"""A student, the rows of its teacher and their samples, on a device of the test's choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdflow.algorithms import ALGORITHMS, ModelInfo
+from kdflow.config import AlgorithmConfig, DataConfig, OptimizerConfig, StudentConfig, TeacherConfig
+from kdflow.data import load_datasets
+from kdflow.modeling import load_lm_head, load_tokenizer
+from kdflow.student import FSDP2Student
+from kdflow.teacher import TEACHERS
+from kdflow.types import Microbatch, Sample
+
+CPU = torch.device("cpu")
+CONFIG = {"ce_weight": 0.3, "temperature": 1.5}
+
+
+def make_student(
+    model: str, teacher: str, *, num_steps: int = 8, device: torch.device = CPU, **options: Any
+) -> FSDP2Student:
+    info = ModelInfo("tiny", {}, 384)
+    return FSDP2Student(
+        StudentConfig(model, compute_dtype=options.pop("compute_dtype", "float32"), **options),
+        OptimizerConfig(learning_rate=3e-3, warmup_steps=1),
+        algorithm=ALGORITHMS.get("vanilla")(AlgorithmConfig(**CONFIG), student=info, teacher=info),
+        teacher_head=load_lm_head(teacher, torch.float32).to(device),
+        device=device,
+        num_steps=num_steps,
+    )
+
+
+class Rows:
+    """Rows of the real teacher, straight from its decoder, in host memory."""
+
+    def __init__(self, folder: Path, device: torch.device = CPU) -> None:
+        config = TeacherConfig(str(folder / "teacher"), dtype="float32", device=device.type)
+        self._teacher = TEACHERS.get("hf")(config, gpu=0)
+
+    def __call__(self, microbatch: Microbatch) -> torch.Tensor:
+        out = torch.empty(microbatch.num_loss_tokens, self._teacher.hidden_size)
+        if len(out):
+            self._teacher.prefill(microbatch, out)
+        return out
+
+
+def load_samples(folder: Path) -> list[Sample]:
+    config = DataConfig(str(folder / "conversations.jsonl"), num_eval_samples=0, max_length=128)
+    return load_datasets(config, load_tokenizer(str(folder / "student")), 0)[0].samples

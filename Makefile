@@ -24,7 +24,7 @@ TORCH_INDEX ?= $(if $(HAS_GPU)$(OWN_INDEX),,https://download.pytorch.org/whl/cpu
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help quickstart test test-native soak lint format wheel-check clean
+.PHONY: help quickstart test test-native soak gpu lint format wheel-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(ROOT)/Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -69,6 +69,10 @@ test-native: $(VENV)/.kdflow-base ## the C++ tests under ASan+UBSan and under TS
 soak: $(VENV)/.kdflow-test ## ten minutes of producers, consumers and kills on the ring
 	cd $(ROOT)
 	$(BIN)/python tests/transport/soak.py --minutes 10
+
+gpu: $(VENV)/.kdflow-test ## what one GPU can tell: build, tests, benches, verdict; GPU_ARGS="--quick"
+	cd $(ROOT)
+	$(BIN)/python -m bench gpu $(GPU_ARGS)
 
 wheel-check: $(VENV)/.kdflow-test ## build a wheel and use it outside the checkout
 	cd $(ROOT)

@@ -17,6 +17,7 @@ from rich.console import Console
 from bench import compare, output, report
 from bench.cases import ceilings, e2e, loss, ring
 from bench.environment import environment
+from bench.gpu import command as gpu
 from bench.model import Case
 from bench.sweep import Settings, run_case
 
@@ -34,6 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return compare.main(Path(options.before), Path(options.after), console)
         if options.command == "show":
             print(output.markdown(*output.read_results(Path(options.file))))
+            return 0
+        if options.command == "gpu":
+            return gpu.main(options, console)
+        if options.command == "report":
+            found = output.read_results(Path(options.file))
+            console.print(f"wrote {os.path.relpath(report.write_report(Path(options.file), *found))}", highlight=False)
             return 0
         return _run(options, console)
     except (ValueError, FileNotFoundError) as error:
@@ -79,7 +86,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
             backend=options.backend,
         )
     if options.command in ("ring", "all"):
-        found += ring.cases(quick=options.quick, sizes=options.sizes)
+        found += ring.cases(device=options.device, quick=options.quick, sizes=options.sizes)
     if options.command in ("e2e", "all"):
         found += e2e.cases(device=options.device, quick=options.quick)
     return found
@@ -128,11 +135,14 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("ring", parents=[shared, ring_options], help=_summary(ring))
     commands.add_parser("e2e", parents=[shared], help=_summary(e2e))
     commands.add_parser("all", parents=[shared, loss_options, ring_options], help="every suite")
+    gpu.add_options(commands.add_parser("gpu", help="all that one GPU can tell: build, tests, suites and verdict"))
     comparison = commands.add_parser("compare", help="what changed between two result files")
     comparison.add_argument("before", metavar="A")
     comparison.add_argument("after", metavar="B")
     show = commands.add_parser("show", help="a result file as Markdown, for a document")
     show.add_argument("file", metavar="FILE")
+    page = commands.add_parser("report", help="the HTML page of a result file")
+    page.add_argument("file", metavar="FILE")
     return parser
 
 

@@ -52,6 +52,10 @@ def format_percent(percent: float | None) -> str:
     return "-" if percent is None else f"{percent:.1f}%" if percent < 9.95 else f"{percent:.0f}%"
 
 
+def format_value(value: object) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def remarks(row: Row) -> str:
     """The note, and the status where it is not plain success."""
     status = "" if row.status == "ok" else row.status
@@ -111,6 +115,10 @@ def markdown(environment: Mapping[str, Any], rows: Iterable[Row]) -> str:
     if gpu := environment["gpu"]:
         where = f"{gpu['name']}; {where}"
     tables = [f"**{name}**\n\n{markdown_table(case)}" for name, case in by_case(rows).items()]
+    if goals := environment.get("verdict"):
+        lines = ["| " + " | ".join(goals[0]) + " |", "|" + " --- |" * len(goals[0])]
+        lines += ["| " + " | ".join(map(format_value, goal.values())) + " |" for goal in goals]
+        tables.insert(0, "\n".join(lines))
     return "\n\n".join([where, *tables])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench import plots
 from bench.model import Row
-from bench.output import COLUMNS, by_case
+from bench.output import COLUMNS, by_case, format_value
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 72rem; margin: 2rem auto;
@@ -28,19 +28,21 @@ dt { color: #66717f; } dd { margin: 0; }
 """
 
 
-def write_report(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) -> Path:
-    """Write the page beside the result file, and the figures that it inlines as PNG files."""
+def write_report(path: Path, environment: Mapping[str, Any], rows: Sequence[Row], *, figures: bool = True) -> Path:
+    """Write the page beside the result file, and with ``figures`` also as PNG files the
+    figures that are part of it."""
     sections = []
     suites = list(dict.fromkeys(row.suite for row in rows))
     for suite in suites:
         of_suite = [row for row in rows if row.suite == suite]
         stem = path.stem if len(suites) == 1 else f"{path.stem}-{suite}"
-        figures = [(stem, plots.bars(of_suite))]
-        figures += [(f"{stem}-{name}", figure) for name, figure in plots.sweeps(of_suite)]
+        drawn = [(stem, plots.bars(of_suite))]
+        drawn += [(f"{stem}-{name}", figure) for name, figure in plots.sweeps(of_suite)]
         images = []
-        for name, figure in figures:
+        for name, figure in drawn:
             image = plots.png(figure)
-            path.with_name(f"{name}.png").write_bytes(image)
+            if figures:
+                path.with_name(f"{name}.png").write_bytes(image)
             images.append(_image(name, image))
         tables = "".join(f"<h3>{html.escape(name)}</h3>{_table(case)}" for name, case in by_case(of_suite).items())
         sections.append(f"<h2>{html.escape(suite)}</h2>{''.join(images)}{tables}")
@@ -48,6 +50,7 @@ def write_report(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]
     page.write_text(
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>kdflow benchmarks</title>'
         f"<style>{STYLE}</style><h1>kdflow benchmarks</h1>{_environment(environment)}"
+        f"{_records('Verdict', environment.get('verdict', []))}"
         f"{''.join(sections)}</html>\n"
     )
     return page
@@ -67,10 +70,22 @@ def _table(rows: Iterable[Row]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
+def _records(title: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """Records with the same keys as a table, where there are any."""
+    if not records:
+        return ""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in records[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(format_value(value))}</td>" for value in record.values()) + "</tr>"
+        for record in records
+    )
+    return f"<h2>{html.escape(title)}</h2><table><tr>{head}</tr>{body}</table>"
+
+
 def _environment(environment: Mapping[str, Any]) -> str:
     items = []
     for name, value in environment.items():
-        if name == "kind" or value is None:
+        if name in ("kind", "verdict") or value is None:
             continue
         if isinstance(value, Mapping):
             value = ", ".join(

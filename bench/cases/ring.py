@@ -30,8 +30,10 @@ COPIES = (
 )
 
 
-def cases(*, quick: bool, sizes: Sequence[int] = ()) -> list[Case]:
+def cases(*, device: str = "cpu", quick: bool, sizes: Sequence[int] = ()) -> list[Case]:
     """Throughput at each size in bytes, then latency, idle and four producers."""
+    if device != "cpu":
+        raise ValueError(f"bench ring --device: expected cpu, got {device!r}; rings on GPUs have no cases yet")
     sizes = sizes or (QUICK_SIZES if quick else SIZES)
     total = (64 if quick else 256) * MIB
     found = [

@@ -1,0 +1,1 @@
+"""``python -m bench gpu``: everything that one GPU can tell, in one command and under eight minutes."""

@@ -1,0 +1,197 @@
+"""The parts of ``bench gpu``, each a process of its own: what it runs, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from bench.client import ROOT
+from bench.gpu import process
+from bench.model import Row
+from bench.output import read_results
+
+TEST_FOLDERS = ("tests/kernels", "tests/transport", "tests/student")
+ENDING_S = 5.0  # what a suite keeps of its time for the end of its run
+REHEARSAL_SHAPES = {"main": (32, 256, 32, 48), "wide": (32, 256, 32, 64)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all parts share: where they run, and where they write meanwhile."""
+
+    device: str
+    quick: bool
+    rehearse: bool
+    folder: Path
+    log: IO[bytes]
+
+    @property
+    def env(self) -> dict[str, str]:
+        build = ROOT / "build"
+        added = {
+            # cmake and ninja may be scripts beside the interpreter.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
+            # In the checkout, since a home may not be writable.
+            "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(build / "triton")),
+            "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(build / "inductor")),
+        }
+        if self.rehearse:
+            added["TRITON_INTERPRET"] = "1"
+        return {**os.environ, **added}
+
+
+@dataclass(frozen=True)
+class Result:
+    """``status`` is ok, failed or cut; ``found`` is what the part found besides rows."""
+
+    status: str = "ok"
+    note: str = ""
+    rows: tuple[Row, ...] = ()
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+Watch = Callable[[Result], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """``seconds`` is what it takes when all goes well; the parts share the time in this ratio."""
+
+    name: str
+    seconds: float
+    run: Callable[[Setting, float, Watch], Result]
+
+
+def versions(setting: Setting, limit_s: float, watch: Watch) -> Result:
+    """What can be imported. It also brings torch from the disk, which the next parts would wait for."""
+    answer = setting.folder / "packages.json"
+    status, note = _ended(_run([sys.executable, "-m", "bench.gpu.packages", str(answer)], setting, limit_s))
+    packages = json.loads(answer.read_text()) if answer.exists() else {}
+    if status == "ok" and not setting.rehearse and "cuda" not in packages:
+        return Result("failed", "torch finds no CUDA device here", found={"packages": packages})
+    return Result(status, note, found={"packages": packages})
+
+
+def build(setting: Setting, limit_s: float, watch: Watch) -> Result:
+    """The extension, beside its package, unless one newer than its sources can be imported. A
+    rehearsal leaves alone what is there: others may be using it."""
+    check = [sys.executable, "-c", "import kdflow._ring"]
+    built = ROOT / "kdflow" / f"_ring{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if built.exists() and _run(check, setting, limit_s) == 0:
+        sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+        if setting.rehearse or built.stat().st_mtime > max(path.stat().st_mtime for path in sources):
+            return Result(note="there already, not built again")
+    start = time.monotonic()
+    status, note = _ended(_run([sys.executable, "setup.py", "build_ext", "--inplace"], setting, limit_s))
+    if status == "ok" and _run(check, setting, limit_s) != 0:
+        return Result("failed", "built, but it cannot be imported; see the log")
+    return Result(status, note or f"built in {time.monotonic() - start:.0f} s")
+
+
+def tests(setting: Setting, limit_s: float, watch: Watch) -> Result:
+    """The tests marked ``gpu``, folder by folder, each with an equal share of the time left."""
+    found: dict[str, Any] = {}
+    deadline = time.monotonic() + limit_s
+    for index, folder in enumerate(TEST_FOLDERS):
+        record = setting.folder / f"tests-{index}.jsonl"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n0", "--tb=short", "-p", "bench.gpu.recorder", folder]
+        share = (deadline - time.monotonic()) / (len(TEST_FOLDERS) - index)
+        env = {"BENCH_TEST_RECORD": str(record)}
+        code = _run(command, setting, share, env) if (ROOT / folder).is_dir() else -1
+        found[folder] = _tests_found(record, code)
+        watch(Result("cut", "under way", found={"tests": found}))
+    bad = [name for name, counts in found.items() if not counts["complete"]]
+    return Result("failed" if bad else "ok", f"see {', '.join(bad)}" if bad else "", found={"tests": found})
+
+
+def _tests_found(record: Path, code: int | None) -> dict[str, Any]:
+    lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    outcomes = [line["outcome"] for line in lines]
+    # 5 is pytest's code for "nothing collected", which the marker alone may be the reason of.
+    note = {None: "cut: its time ran out", -1: "no such folder", 5: "no test is marked gpu"}.get(code, "")
+    if not note and code not in (0, 1):
+        note = f"pytest ended with {code}; see the log"
+    return {
+        **{name: outcomes.count(name) for name in ("passed", "failed", "skipped")},
+        "complete": code in (0, 5) and "failed" not in outcomes,
+        "note": note,
+        "failures": [f"{line['test']}: {line['message']}" for line in lines if line["outcome"] == "failed"],
+    }
+
+
+def suite(name: str, *arguments: str) -> Callable[[Setting, float, Watch], Result]:
+    """A suite of ``python -m bench``, whose rows are handed on as they come."""
+
+    def run(setting: Setting, limit_s: float, watch: Watch) -> Result:
+        path = setting.folder / f"{name}.jsonl"
+        command = [sys.executable, "-m", "bench", name, "--device", setting.device, "--out", str(path)]
+        command += ["--deadline-s", f"{max(1.0, limit_s - ENDING_S):.0f}", *arguments]
+        command += ["--quick"] if setting.quick or setting.rehearse else []
+        code = _run(command, setting, limit_s, watch=lambda: watch(Result("cut", "under way", _rows(path))))
+        status, note = _ended(code)
+        rows = _rows(path)
+        late = sum(row.status == "cut" for row in rows)
+        if status == "ok" and late:
+            return Result("cut", f"{late} of {len(rows)} rows ran out of time", rows)
+        return Result(status, note, rows)
+
+    return run
+
+
+def _rows(path: Path) -> tuple[Row, ...]:
+    return tuple(read_results(path)[1]) if path.exists() else ()
+
+
+def _run(
+    command: Sequence[str],
+    setting: Setting,
+    limit_s: float,
+    env: dict[str, str] | None = None,
+    watch: Callable[[], None] = lambda: None,
+) -> int | None:
+    return process.run(command, env={**setting.env, **(env or {})}, log=setting.log, timeout_s=limit_s, watch=watch)
+
+
+def _ended(code: int | None) -> tuple[str, str]:
+    if code is None:
+        return "cut", "its time ran out"
+    return ("ok", "") if code == 0 else ("failed", f"exit code {code}; see the log")
+
+
+LOSS = ("--budget-s", "6", "--reps", "7")
+REHEARSED_LOSS = (
+    *("--shapes", ",".join(map(str, REHEARSAL_SHAPES["main"]))),
+    *("--dtype", "bf16", "--divergence", "forward_kl", "jsd", "--reps", "2"),
+    *("--providers", "kdflow", "trl", "liger fused", "eager, row chunks recomputed"),
+)
+
+
+def parts(*, rehearse: bool) -> list[Part]:
+    """In the order of their worth, should time run out."""
+    return [
+        Part("versions", 25, versions),
+        Part("build", 45, build),
+        Part("ceilings", 25, suite("ceilings", "--budget-s", "4")),
+        Part("loss", 180, suite("loss", *(REHEARSED_LOSS if rehearse else LOSS))),
+        Part("tests", 100, tests),
+        Part("ring", 50, suite("ring", "--budget-s", "6")),
+        Part("e2e", 50, suite("e2e", "--budget-s", "10")),
+    ]
+
+
+def shape_names(*, rehearse: bool) -> dict[str, str]:
+    """What the goals' cases call the main shapes, as the loss suite prints them."""
+    from bench.cases.loss import GPU_SHAPES, Shape
+
+    shapes = REHEARSAL_SHAPES if rehearse else dict(zip(("main", "wide"), GPU_SHAPES, strict=True))
+    return {name: str(Shape(*shape)) for name, shape in shapes.items()}

@@ -45,7 +45,7 @@ def format_spread(row: Row) -> str:
 
 
 def format_mib(mib: float | None) -> str:
-    return "-" if mib is None else f"{mib:.0f}"
+    return "-" if mib is None else f"{mib:.1f}" if abs(mib) < 9.95 else f"{mib:.0f}"
 
 
 def format_percent(percent: float | None) -> str:

@@ -1,4 +1,8 @@
-"""Figures of a result file: bars for each case, lines where a parameter was swept."""
+"""Figures of a result file: a panel for each case, lines where a parameter was swept.
+
+A bar says something by its length, so bars start at zero on a linear axis. Where times lie too far
+apart for that, they are dots on a logarithmic one.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,9 @@ from bench.output import by_case, format_mib, format_rate, format_seconds
 from bench.timing import quantile
 
 COLOURS = {"ours": "#d1495b", "peer": "#7d98b3", "floor": "#2e4057", "bound": "#9aa5b1"}
+MISSING = {"color": "#888888", "fontsize": 8}
+AMOUNTS = {"num_messages", "repeats"}  # how much a repetition does, not what
+FAR_APART = 30
 SWEEP_POINTS = 3  # with fewer a line says nothing
 
 
@@ -28,9 +35,11 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def bars(rows: Sequence[Row]) -> Figure:
-    """For each case the median time with its p20..p80 and, where measured, the peak memory."""
-    cases = list(by_case(rows).values())
+def panels(rows: Sequence[Row]) -> Figure:
+    """For each case that has any the median times with their p20..p80 and, where measured, the
+    peak memory."""
+    every = list(by_case(rows).values())
+    cases = [case for case in every if any(row.median_s for row in case)] or every
     heights = [0.9 + 0.3 * len(case) for case in cases]
     with_memory = any(row.peak_mib is not None for row in rows)
     figure, grid = plt.subplots(
@@ -42,46 +51,54 @@ def bars(rows: Sequence[Row]) -> Figure:
         layout="constrained",
     )
     for axes, case in zip(grid, cases, strict=True):
-        _time_bars(axes[0], case)
+        _times(axes[0], case)
         if with_memory:
-            _memory_bars(axes[1], case)
+            _memory(axes[1], case)
     return figure
 
 
-def _time_bars(axes: Axes, rows: Sequence[Row]) -> None:
+def _times(axes: Axes, rows: Sequence[Row]) -> None:
     floor = min((r.median_s for r in rows if r.role == "floor" and r.median_s), default=None)
     longest = max((row.p80_s or 0.0 for row in rows), default=0.0)
     shortest = min((row.median_s for row in rows if row.median_s), default=1.0)
-    if longest > 30 * shortest:
+    logarithmic = longest > FAR_APART * shortest
+    if logarithmic:
         axes.set_xscale("log")
+        axes.grid(axis="x", alpha=0.3)
     for position, row in enumerate(rows):
         if row.median_s is None:
-            axes.text(shortest, position, f" {row.status}", va="center", color="#888888")
+            axes.text(0.01, position, row.status, transform=axes.get_yaxis_transform(), va="center", **MISSING)
             continue
         low, high = quantile(row.seconds, 0.2), quantile(row.seconds, 0.8)
         spread = [[row.median_s - low], [high - row.median_s]]
-        axes.barh(position, row.median_s, xerr=spread, color=COLOURS[row.role], ecolor="#333333")
-        label = f"  {format_seconds(row.median_s)}"
+        if logarithmic:
+            axes.errorbar(row.median_s, position, xerr=spread, fmt="o", color=COLOURS[row.role], ecolor="#333333")
+        else:
+            axes.barh(position, row.median_s, xerr=spread, color=COLOURS[row.role], ecolor="#333333")
+        label = f"{format_seconds(row.median_s)}"
         if row.unit in ("byte", "token"):
             label += f" ({format_rate(row)})"
         elif row.floor_percent is not None and row.role != "floor":
             label += f" ({row.floor_percent:.0f}% of floor)"
-        axes.text(high, position, label, va="center", fontsize=8)
+        _label(axes, high, position, label)
     if floor is not None:
         axes.axvline(floor, color=COLOURS["floor"], linestyle="--", linewidth=1)
-    axes.set_xlabel("median time, s", fontsize=8)
+    axes.set_xlabel("median time, s (logarithmic)" if logarithmic else "median time, s", fontsize=8)
     _finish(axes, rows, title=rows[0].case, reach=1.45)
 
 
-def _memory_bars(axes: Axes, rows: Sequence[Row]) -> None:
+def _memory(axes: Axes, rows: Sequence[Row]) -> None:
     for position, row in enumerate(rows):
         if row.peak_mib is None or row.role in ("floor", "bound"):
             continue
         axes.barh(position, max(row.peak_mib, 0.0), color=COLOURS[row.role])
-        text = f"  {format_mib(row.peak_mib)} MiB"
-        axes.text(max(row.peak_mib, 0.0), position, text, va="center", fontsize=8)
+        _label(axes, max(row.peak_mib, 0.0), position, f"{format_mib(row.peak_mib)} MiB")
     axes.set_xlabel("peak memory, MiB", fontsize=8)
     _finish(axes, rows, title="", reach=1.25)
+
+
+def _label(axes: Axes, x: float, position: int, text: str) -> None:
+    axes.annotate(text, (x, position), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def _finish(axes: Axes, rows: Sequence[Row], *, title: str, reach: float) -> None:
@@ -92,7 +109,7 @@ def _finish(axes: Axes, rows: Sequence[Row], *, title: str, reach: float) -> Non
     axes.spines[["top", "right"]].set_visible(False)
     low, high = axes.get_xlim()
     if axes.get_xscale() == "log":
-        axes.set_xlim(low, high * (high / low) ** (reach - 1))
+        axes.set_xlim(low, high * (high / low) ** (0.7 * (reach - 1)))
     else:
         axes.set_xlim(low, high * reach)
 
@@ -113,12 +130,12 @@ def sweeps(rows: Sequence[Row]) -> list[tuple[str, Figure]]:
 
 
 def _sweeps(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    names = {name for row in rows for name, value in row.params.items() if _is_number(value)}
+    names = {name for row in rows for name, value in row.params.items() if _is_number(value)} - AMOUNTS
     found = []
     for name in sorted(names):
         groups: dict[str, list[Row]] = {}
         for row in rows:
-            others = sorted((k, v) for k, v in row.params.items() if k != name)
+            others = sorted((k, v) for k, v in row.params.items() if k != name and k not in AMOUNTS)
             groups.setdefault(f"{row.suite} {others}", []).append(row)
         for group in groups.values():
             if len({row.params.get(name) for row in group}) >= SWEEP_POINTS:

@@ -36,7 +36,7 @@ def write_report(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]
     for suite in suites:
         of_suite = [row for row in rows if row.suite == suite]
         stem = path.stem if len(suites) == 1 else f"{path.stem}-{suite}"
-        drawn = [(stem, plots.bars(of_suite))]
+        drawn = [(stem, plots.panels(of_suite))]
         drawn += [(f"{stem}-{name}", figure) for name, figure in plots.sweeps(of_suite)]
         images = []
         for name, figure in drawn:

@@ -27,13 +27,19 @@ PACKAGES = {
 
 
 def main() -> None:
-    found = {name: _state(name, distribution) for name, distribution in PACKAGES.items()}
+    found = {}
+    for name, distribution in PACKAGES.items():
+        found[name] = _state(name, distribution)
+        print(f"{name}: {found[name]}", flush=True)
+        if name == "torch":
+            found.update(_cuda())
+        Path(sys.argv[1]).write_text(json.dumps(found))
+
+
+def _cuda() -> dict[str, str]:
     import torch
 
-    if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_device_name()
-    Path(sys.argv[1]).write_text(json.dumps(found))
-    print(json.dumps(found, indent=2))
+    return {"cuda": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def _state(name: str, distribution: str) -> str:

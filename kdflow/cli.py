@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from kdflow.errors import KdflowError
 
@@ -15,6 +16,7 @@ usage: kdflow COMMAND ...
 commands:
   train RUN.yaml [--OPTION.NAME=VALUE ...]   distil a student from a teacher
   prune MODEL --num_layers N --output DIR    cut a model to fewer layers: a student to start from
+  bench SUITE [--OPTION VALUE ...]           measure a checkout beside its peers and the hardware
 
 `kdflow COMMAND --help` says more.
 """
@@ -58,7 +60,20 @@ def _prune(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": _train, "prune": _prune}
+def _bench(arguments: Sequence[str]) -> int:
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "bench" / "cli.py").is_file():
+        raise KdflowError(
+            "the benches come with the sources, and this kdflow was installed without them; "
+            "clone the repository, `pip install -e .[bench]` there, and call it again"
+        )
+    sys.path.insert(0, str(checkout))
+    from bench.cli import main
+
+    return main(arguments)
+
+
+COMMANDS = {"train": _train, "prune": _prune, "bench": _bench}
 
 
 def main() -> None:

@@ -18,10 +18,23 @@ Add one from any file::
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+
+class JITPointwise(NamedTuple):
+    """A divergence's Triton form.
+
+    ``function`` is a ``triton.jit`` function (log_p, log_q, p, q, parameter) -> (f, df/dlog q), elementwise, as
+    ``Divergence.pointwise``. ``gradient_sum`` is the sum over the vocabulary of df/dlog q where it is the same number in
+    every row; it saves the kernel a pass.
+    """
+
+    function: Callable
+    parameter: float = 0.0
+    gradient_sum: float | None = None
 
 
 class Divergence:
@@ -29,11 +42,9 @@ class Divergence:
 
     Class attributes:
         name: registered name, set by ``register_divergence``.
-        jit_pointwise: ``pointwise`` as a Triton JIT function. None: the Triton backend leaves this divergence to torch.
     """
 
     name: ClassVar[str] = ""
-    jit_pointwise: ClassVar[object | None] = None
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """Terms of the sum and their derivatives, elementwise.
@@ -45,6 +56,13 @@ class Divergence:
     def terms(self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """``pointwise`` for a caller that has the probabilities at hand; override it to save their exp."""
         return self.pointwise(log_p, log_q)
+
+    def jit(self) -> JITPointwise | None:
+        """``pointwise`` for the row kernel. None: the Triton backend leaves this divergence to torch.
+
+        To give one, override it in a file that imports triton: ``return JITPointwise(my_jit_function, self.alpha)``.
+        """
+        return None
 
     def rows(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """The divergence of each row, differentiable in log_q.
@@ -126,6 +144,11 @@ class _OfProbabilities(Divergence):
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         return self.terms(log_p.exp(), log_q.exp(), log_p, log_q)
+
+    def jit(self) -> JITPointwise | None:
+        from kdflow_kernels import jit_divergences
+
+        return jit_divergences.twin(self)
 
 
 def _log_mixture(share: float, a: Tensor, b: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ Shape suffixes: N rows, Vs and Vt vocabularies of student and teacher, Hs and Ht
 """
 
 import dataclasses
+from types import ModuleType
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from kdflow_kernels import reference, torch_backend, validation
+from kdflow_kernels import reference, torch_backend, triton_backend, validation
 from kdflow_kernels.divergences import Divergence
 from kdflow_kernels.problem import GradientNeeds, Head, Problem, RowTerms
 
@@ -90,7 +91,7 @@ def fused_kd_loss(
         chunk_size: rows whose teacher logits are held at once; None chooses. Bounds the memory, not the result.
         grad_filter_eps: above 0, columns of the vocabulary where no row of a chunk has |d row loss / d logit| above it
             are left out of the gradient's matrix products, but for a rank-1 term in student_input's. Approximate.
-        backend: "torch", "reference" (full logits), "triton", or "auto".
+        backend: "triton" (CUDA), "torch" (anywhere), "reference" (full logits), or "auto": Triton on CUDA, else torch.
 
     Returns:
         KDLossOutput. The loss is fp32 (fp64 for fp64 inputs).
@@ -168,12 +169,13 @@ def fused_kd_loss(
         grad_filter_eps=grad_filter_eps,
     )
     with torch.autocast(student_input.device.type, enabled=False):
-        if choose_backend(backend, student_input.device) == "reference":
+        module = choose_backend(backend, problem)
+        if module is None:
             terms = reference.row_terms(problem)
             row_loss = _row_loss(problem, terms)
             loss = row_loss if reduction == "none" else row_loss.sum()
         else:
-            loss, terms = _run_chunked(problem, per_row=reduction == "none")
+            loss, terms = _run_chunked(problem, module, per_row=reduction == "none")
 
     def reduce(rows: Tensor | None) -> Tensor:
         if rows is None:
@@ -203,19 +205,23 @@ def fused_kd_loss(
     )
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """Name of the backend that runs: "torch" or "reference".
+def choose_backend(backend: str, problem: Problem) -> ModuleType | None:
+    """The module that runs the problem; None: the reference, which is no chunked backend.
 
-    "auto" is "torch" on every device. Raises ValueError for an unknown name and RuntimeError for "triton".
+    "auto" is Triton on CUDA where triton is installed, else torch. What the row kernel does not cover (fp64, divergences
+    without a JIT form) goes to torch from both. Raises RuntimeError for "triton" where it cannot run.
     """
-    if backend == "auto":
-        return "torch"
-    if backend == "triton":
-        raise RuntimeError(
-            "backend='triton' is not available in this version of kdflow_kernels; "
-            f"use backend='torch', which runs on {device.type} too, or 'auto'"
-        )
-    return backend
+    if backend == "reference":
+        return None
+    if backend == "torch":
+        return torch_backend
+    device = problem.student.input.device
+    reason = triton_backend.unavailable(device)
+    if backend == "triton" and reason is not None:
+        raise RuntimeError(f"backend='triton': {reason}; or use backend='torch', which runs anywhere, or 'auto'")
+    if backend == "auto" and (reason is not None or device.type != "cuda"):
+        return torch_backend
+    return triton_backend if triton_backend.supports(problem) else torch_backend
 
 
 def _row_loss(problem: Problem, terms: RowTerms) -> Tensor:
@@ -228,12 +234,12 @@ def _row_loss(problem: Problem, terms: RowTerms) -> Tensor:
     return loss * problem.row_scale
 
 
-def _run_chunked(problem: Problem, *, per_row: bool) -> tuple[Tensor, RowTerms]:
+def _run_chunked(problem: Problem, backend: ModuleType, *, per_row: bool) -> tuple[Tensor, RowTerms]:
     student = problem.student
     tracked = (student.input, student.weight, student.bias)
     needs = GradientNeeds(*(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tracked))
     results: list[RowTerms] = []
-    loss = _ChunkedLoss.apply(*tracked, problem, needs, per_row, results)
+    loss = _ChunkedLoss.apply(*tracked, problem, backend, needs, per_row, results)
     return loss, results[0]
 
 
@@ -241,7 +247,7 @@ class _ChunkedLoss(torch.autograd.Function):
     """Runs a chunked backend. A scalar loss has its gradients formed in the forward, a loss per row in the backward."""
 
     @staticmethod
-    def forward(ctx, student_input, student_weight, student_bias, problem, needs, per_row, results):
+    def forward(ctx, student_input, student_weight, student_bias, problem, backend, needs, per_row, results):
         student = dataclasses.replace(
             problem.student,
             input=student_input.detach(),
@@ -250,11 +256,11 @@ class _ChunkedLoss(torch.autograd.Function):
         )
         problem = dataclasses.replace(problem, student=student)
         formed_here = needs if not per_row else GradientNeeds(False, False, False)
-        terms, gradients = torch_backend.run(problem, formed_here)
+        terms, gradients = backend.run(problem, formed_here)
         results.append(terms)
         if needs:
             ctx.save_for_backward(student_input, student_weight, student_bias)
-            ctx.problem, ctx.needs = problem, needs
+            ctx.problem, ctx.backend, ctx.needs = problem, backend, needs
             ctx.gradients = None if per_row else gradients
         row_loss = _row_loss(problem, terms)
         return row_loss if per_row else row_loss.sum()
@@ -267,16 +273,16 @@ class _ChunkedLoss(torch.autograd.Function):
         if gradients is None:
             # A loss per row, or a second backward through a retained graph: form them now.
             problem = dataclasses.replace(ctx.problem, row_scale=ctx.problem.row_scale * grad_loss)
-            _, gradients = torch_backend.run(problem, ctx.needs)
-        elif grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
+            _, gradients = ctx.backend.run(problem, ctx.needs)
+        else:
             for gradient in (gradients.input, gradients.weight, gradients.bias):
                 if gradient is not None:
-                    gradient.mul_(grad_loss)
+                    ctx.backend.scale_(gradient, grad_loss)
         gradients = [
             None if gradient is None else gradient.to(tensor.dtype)
             for gradient, tensor in zip((gradients.input, gradients.weight, gradients.bias), tensors, strict=True)
         ]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 class FusedKDLoss(nn.Module):

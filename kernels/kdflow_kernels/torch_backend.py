@@ -46,6 +46,12 @@ def run(problem: Problem, needs: GradientNeeds) -> tuple[RowTerms, Gradients]:
     return _Run(problem, needs).run()
 
 
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor (a 0-d tensor), for free where it is known to be 1."""
+    if factor.device.type != "cpu" or factor.item() != 1.0:
+        gradient.mul_(factor)
+
+
 def multiply_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype matrix products run in: ``dtype`` where the device is fast in it, else fp32.
 

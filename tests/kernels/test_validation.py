@@ -176,11 +176,6 @@ BAD = {
         "teacher_input: got None with kd_weight=1.0",
     ),
     "half a teacher": ({"teacher_weight": None}, ValueError, "teacher_weight: got None with the other given"),
-    "triton": (
-        {"backend": "triton"},
-        RuntimeError,
-        "backend='triton' is not available in this version of kdflow_kernels; use backend='torch'",
-    ),
 }
 
 
@@ -190,6 +185,15 @@ def test_message(change: dict, error: type[Exception], message: str):
     with pytest.raises(error, match=re.escape(message)):
         fused_kd_loss(**given)
     assert all(t.grad is None for t in given.values() if isinstance(t, torch.Tensor))
+
+
+def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        RuntimeError, match=r"backend='triton': it needs a CUDA device, got cpu.*or use backend='torch'"
+    ):
+        fused_kd_loss(**tensors(), backend="triton")
 
 
 def test_module_checks_its_options_when_made():

@@ -1,0 +1,152 @@
+"""``python -m kdflow_kernels.aot``: compiles every row kernel ahead of time and prints what it takes. Needs no GPU.
+
+For each architecture, divergence and option: registers a thread, bytes of shared memory, bytes spilled, and the widths of
+the global loads and stores, read from the machine code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {"bf16": 2, "fp32": 4}
+# What makes code of its own in the kernel, each alone; the first is the plain case.
+OPTIONS: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "ce": {"HAS_LABELS": True, "CE_GRADIENT": True},
+    "ce, tempered": {"HAS_LABELS": True, "CE_GRADIENT": True, "TEMPERED": True},
+    "padded": {"PARTIAL": True},
+    "paired": {"PAIRED": True},
+    "bias, scale, softcap": {f"{s}_{o}": True for s in ("STUDENT", "TEACHER") for o in ("BIAS", "SCALE", "SOFTCAP")},
+    "no gradient": {"KD_GRADIENT": False},
+}
+FLAGS = {
+    "HAS_TEACHER": True,
+    "KD_GRADIENT": True,
+    **dict.fromkeys(("HAS_LABELS", "CE_GRADIENT", "PARTIAL", "PAIRED", "TEMPERED"), False),
+    **{f"{s}_{o}": False for s in ("STUDENT", "TEACHER") for o in ("BIAS", "SCALE", "SOFTCAP")},
+}
+POINTERS = {
+    "teacher_ids": "*i32", "labels": "*i64", "arrivals": "*i32", "student": None, "teacher": None, "gradient": None,
+    "student_bias": None, "teacher_bias": None,
+}  # fmt: skip
+FP32_POINTERS = ("row_scale", "kd", "ce", "student_entropy", "teacher_entropy", "agreement", "partials")
+INTEGERS = ("student_stride", "teacher_stride", "gradient_stride", "num_rows", "V", "K")
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    shared_bytes: int
+    spills: int  # local loads and stores in the machine code
+    accesses: dict[str, int]  # of global memory, by instruction
+
+    def __str__(self) -> str:
+        accesses = ", ".join(f"{name} x{count}" for name, count in sorted(self.accesses.items()))
+        return f"{self.registers:4d} registers {self.shared_bytes:6d} B shared {self.spills:3d} spills  {accesses}"
+
+
+def compile_row_kernel(
+    divergence: str, options: dict[str, bool], *, dtype: str, splits: int, architecture: int
+) -> Resources:
+    """Compiles one form of the row kernel as the launcher would have it for a wide row."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kdflow_kernels.divergences import get_divergence
+    from kdflow_kernels.row_kernels import row_kernel
+    from kdflow_kernels.triton_backend import layout
+
+    twin = get_divergence(divergence).jit()
+    if twin is None:
+        raise ValueError(f"{divergence}: has no JIT form")
+    launch = layout(DTYPES[dtype], 152_064, splits)
+    constants = {
+        "POINTWISE": twin.function,
+        "GRADIENT_SUM": twin.gradient_sum,
+        "LANES": launch.lanes,
+        "WIDTH": launch.width,
+        "SPLITS": launch.splits,
+        **FLAGS,
+        **options,
+    }
+    signature = {}
+    for name in row_kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in POINTERS:
+            signature[name] = POINTERS[name] or f"*{dtype}"
+        elif name in FP32_POINTERS:
+            signature[name] = "*fp32"
+        else:
+            signature[name] = "i32" if name in INTEGERS else "fp32"
+    # Rows are padded to whole blocks, tensors aligned: what the launcher's arguments say of themselves.
+    aligned = [
+        (index,)
+        for index, name in enumerate(row_kernel.arg_names)
+        if signature[name].startswith("*") or name.endswith("_stride")
+    ]
+    attributes = {key: [["tt.divisibility", 16]] for key in aligned}
+    source = ASTSource(row_kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": launch.num_warps})
+    return _resources(compiled)
+
+
+def _resources(compiled) -> Resources:
+    sass = compiled.asm["sass"]
+    instructions = re.findall(r"\b(LDL|STL|LDG|STG)((?:\.[A-Z0-9]+)*)", sass)
+    spills = sum(name in ("LDL", "STL") for name, _ in instructions)
+    accesses = Counter()
+    for name, suffixes in instructions:
+        if name in ("LDG", "STG"):
+            width = next((s for s in suffixes.split(".") if s in ("64", "128", "256")), "32")
+            accesses[f"{name}.{width}"] += 1
+    return Resources(_registers(compiled), compiled.metadata.shared, spills, dict(accesses))
+
+
+def _registers(compiled) -> int:
+    """From the resource dump of the machine code; a GPU's driver would say the same when it loads it."""
+    import subprocess
+    import tempfile
+
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    found = re.search(r"REG:(\d+)", dump)
+    if found is None:
+        raise RuntimeError(f"cuobjdump: no register count in {dump!r}")
+    return int(found[1])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from kdflow_kernels.divergences import get_divergence, list_divergences
+
+    parser = argparse.ArgumentParser(prog="python -m kdflow_kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), metavar="90")
+    parser.add_argument("--quick", action="store_true", help="one architecture's plain kernels only")
+    given = parser.parse_args(arguments)
+    names = [name for name in list_divergences() if get_divergence(name).jit() is not None]
+    spilled = 0
+    for architecture, dtype, name in itertools.product(given.arch[-1:] if given.quick else given.arch, DTYPES, names):
+        for option, splits in itertools.product(["plain"] if given.quick else OPTIONS, (1, 8)):
+            if option != "plain" and (name != names[0] or splits > 1):
+                continue
+            found = compile_row_kernel(name, OPTIONS[option], dtype=dtype, splits=splits, architecture=architecture)
+            spilled += found.spills > 0
+            print(f"sm_{architecture} {dtype} {name:18} {option:21} splits {splits}: {found}", flush=True)
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,381 @@
+"""The chunked algorithm on CUDA: cuBLAS for the products, one Triton kernel for the rows between them.
+
+For each group of rows:
+
+1. the student's logits; for each chunk of the group's rows the teacher's, and the row kernel, which turns the student's
+   into dloss/dlogits;
+2. dH = dz W and dW += dz^T H.
+
+Nothing is computed twice: 2NV(Ht + 3Hs) flops, what full logits cost. Nothing makes the host wait for the device.
+
+Shape suffixes: N rows, n rows of a group, c rows of a chunk, V columns of the student, K compared ones, H hidden size.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdflow_kernels.problem import LOWEST_LOGIT, GradientNeeds, Gradients, Head, Problem, RowTerms
+
+# What both blocks of logits may take together, where chunk_size is not given.
+LOGITS_BYTES = 768 * 2**20
+CHUNK_ROWS = 512
+# Of the row kernel; see Launch.
+LANES = 512
+NUM_WARPS = 8
+PROGRAMS_PER_PROCESSOR = 2
+SPLITS: int | None = 1
+CACHE_BYTES = 24 * 2**20
+# Up to here the weight's gradient is summed over groups in its own dtype: a handful of roundings, 1.6 times the error of
+# one at four groups. Beyond, in fp32.
+GROUPS_IN_LOW_PRECISION = 6
+# Logits of bf16 heads are stored as the products give them, in bf16, or in fp32.
+FP32_LOGITS = False
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this backend cannot run on a device; None: it can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed; install kdflow[triton]"
+    if device.type == "cuda" or interpreting():
+        return None
+    return (
+        f"it needs a CUDA device, got {device.type}; for tests on CPU set TRITON_INTERPRET=1 before triton is imported"
+    )
+
+
+def supports(problem: Problem) -> bool:
+    """Whether the row kernel covers this problem; torch_backend serves the others."""
+    dtypes = {head.weight.dtype for head in (problem.student, problem.teacher) if head is not None}
+    if torch.float64 in dtypes or problem.grad_filter_eps > 0.0:
+        return False
+    return problem.teacher is None or problem.divergence.jit() is not None
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def run(problem: Problem, needs: GradientNeeds) -> tuple[RowTerms, Gradients]:
+    """Row terms and the gradients needed, in the student's dtype, but in fp32 for fp16: see torch_backend.run."""
+    return _Run(problem, needs).run()
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor (a 0-d tensor); where it is 1, as in loss.backward(), the gradient is not even read."""
+    from kdflow_kernels.row_kernels import SCALE_BLOCK, scale_kernel
+
+    count = gradient.numel()
+    if count:
+        with _on(gradient.device):
+            scale_kernel[(min(-(-count // SCALE_BLOCK.value), 2048),)](gradient, factor, count)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the row kernel is laid out: LANES x WIDTH columns a block, SPLITS programs a row, warps a program."""
+
+    lanes: int
+    width: int
+    splits: int
+    num_warps: int
+
+
+def layout(item_bytes: int, num_columns: int, splits: int = 1) -> Launch:
+    """For rows of num_columns logits of item_bytes: WIDTH logits make 16 bytes, one load of a thread."""
+    width = 16 // item_bytes
+    lanes = LANES
+    while lanes > 32 and lanes * width * splits >= 2 * num_columns:
+        lanes //= 2
+    return Launch(lanes, width, splits, min(NUM_WARPS, lanes // 32))
+
+
+def plan_groups(num_rows: int, padded_columns: int, item_bytes: int, hidden_size: int, num_processors: int) -> int:
+    """Rows of a group: as many as LOGITS_BYTES allows, so that dz W fills the processors evenly.
+
+    dz W has few tiles, of 128 rows by 256 columns: 160 on 132 processors take as long as 264.
+    """
+    most = max(1, int(0.8 * LOGITS_BYTES) // (padded_columns * item_bytes))
+    if num_rows <= most:
+        return max(num_rows, 1)
+    tiles_across = -(-hidden_size // 256)
+
+    def idle_share(rows: int) -> float:
+        tiles = -(-rows // 128) * tiles_across
+        return 1.0 - tiles / (-(-tiles // num_processors) * num_processors)
+
+    candidates = [rows for rows in range(128, most + 1, 128) if rows > most // 2]
+    return min(candidates, key=lambda rows: (round(idle_share(rows), 2), -rows)) if candidates else most
+
+
+class _Run:
+    def __init__(self, problem: Problem, needs: GradientNeeds) -> None:
+        self.problem, self.needs = problem, needs
+        student, self.device = problem.student, problem.student.weight.device
+        self.num_rows = student.input.shape[0]
+        self.dtype = student.weight.dtype
+        self.columns = problem.num_compared
+        if problem.labels is not None or student.token_ids is not None:
+            self.columns = student.weight.shape[0]
+        self.num_processors = _num_processors(self.device)
+        self.logits_dtype = _logits_dtype(self.dtype)
+        self.in_place = self.logits_dtype == self.dtype
+        self.twin = problem.divergence.jit() if problem.teacher is not None else None
+        self.row_scale = problem.row_scale.float()
+        # fp16 gradients of a mean over many rows would underflow: form them for rows of scale 1, scale the products.
+        self.unit = None
+        if self.dtype == torch.float16 and needs and self.num_rows:
+            self.unit = self.row_scale.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+            self.row_scale = self.row_scale / self.unit
+        self._plan()
+
+    def _plan(self) -> None:
+        problem = self.problem
+        item = self.logits_dtype.itemsize
+        teacher = problem.teacher
+        items = item if teacher is None else max(item, _logits_dtype(teacher.weight.dtype).itemsize)
+        row_bytes = self.columns * item + (0 if teacher is None else problem.num_compared * items)
+        self.launch = layout(items, self.columns, _splits(row_bytes, self.num_processors))
+        block = self.launch.lanes * self.launch.width
+        self.padded = -(-self.columns // block) * block
+        self.group_rows = plan_groups(
+            self.num_rows, self.padded, self.dtype.itemsize, problem.student.weight.shape[1], self.num_processors
+        )
+        # The kernel counts in 32 bits inside a block of rows.
+        most = max(1, (2**31 - 1) // max(self.padded, 1))
+        self.chunk_rows = min(problem.chunk_size or CHUNK_ROWS, self.group_rows, most)
+        if not self.needs:
+            self.group_rows = self.chunk_rows
+
+    def run(self) -> tuple[RowTerms, Gradients]:
+        needs, student = self.needs, self.problem.student
+        terms = self._empty_terms()
+        gradient_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+        grad_input = torch.empty_like(student.input, dtype=gradient_dtype) if needs.input else None
+        grad_weight = grad_bias = None
+        num_groups = -(-self.num_rows // self.group_rows)
+        if needs.weight:
+            dtype = torch.float32 if num_groups > GROUPS_IN_LOW_PRECISION else gradient_dtype
+            make = torch.empty if self.num_rows else torch.zeros
+            grad_weight = make(student.weight.shape, dtype=dtype, device=self.device)
+            grad_weight[self.num_grad_columns :] = 0.0
+        if needs.bias:
+            grad_bias = torch.zeros(student.weight.shape[0], dtype=torch.float32, device=self.device)
+        if self.num_rows == 0:
+            return terms, Gradients(grad_input, grad_weight, grad_bias)
+
+        self._allocate()
+        for start in range(0, self.num_rows, self.group_rows):
+            rows = slice(start, min(start + self.group_rows, self.num_rows))
+            self._logits_to_gradients(rows, terms)
+            dz = self.gradient[: rows.stop - start, : self.num_grad_columns]
+            if grad_input is not None:
+                _multiply(dz, student.weight[: self.num_grad_columns], out=grad_input[rows])
+            if grad_weight is not None:
+                out = grad_weight[: self.num_grad_columns]
+                _multiply(dz.T, student.input[rows], out=out, accumulate=start > 0)
+            if grad_bias is not None:
+                grad_bias[: self.num_grad_columns] += dz.sum(0, dtype=torch.float32)
+        if grad_weight is not None and grad_weight.dtype != gradient_dtype:
+            grad_weight = grad_weight.to(gradient_dtype)
+        if self.unit is not None:
+            for gradient in (grad_input, grad_weight, grad_bias):
+                if gradient is not None:
+                    gradient.mul_(self.unit)
+        if terms.kd is not None:
+            terms = RowTerms(self.kd_parts.sum(-1), *_others(terms))
+        return terms, Gradients(grad_input, grad_weight, grad_bias)
+
+    @property
+    def num_grad_columns(self) -> int:
+        return self.columns
+
+    def _allocate(self) -> None:
+        problem = self.problem
+
+        def logits(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+            # Whole blocks are read: what lies beyond the columns must have no mass.
+            made = torch.empty((rows, columns), dtype=dtype, device=self.device)
+            made[:, min(self.columns, problem.num_compared) :] = max(LOWEST_LOGIT, torch.finfo(dtype).min)
+            return made
+
+        self.gradient = torch.empty((0, self.padded), dtype=self.dtype, device=self.device)
+        if self.in_place:
+            self.gradient = self.student_logits = logits(self.group_rows, self.padded, self.logits_dtype)
+        else:
+            self.student_logits = logits(self.chunk_rows, self.padded, self.logits_dtype)
+            if self.needs:
+                shape = (self.group_rows, self.padded)
+                self.gradient = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.teacher_ids = None
+        if problem.teacher is not None:
+            dtype = _logits_dtype(problem.teacher.weight.dtype)
+            ids, self.teacher_columns = problem.teacher.token_ids, problem.num_compared
+            if ids is not None and problem.student.token_ids is not None:
+                self.teacher_columns = problem.teacher.weight.shape[0]
+                self.teacher_ids = torch.full((self.columns,), -1, dtype=torch.int32, device=self.device)
+                self.teacher_ids[problem.student.token_ids] = ids.to(torch.int32)
+            width = -(-max(self.padded, self.teacher_columns) // 64) * 64
+            self.teacher_logits = logits(self.chunk_rows, width, dtype)
+        splits = self.launch.splits
+        self.kd_parts = torch.empty((self.num_rows, splits), dtype=torch.float32, device=self.device)
+        if splits > 1:
+            self.partials = torch.empty((self.chunk_rows, splits, 12), dtype=torch.float32, device=self.device)
+            self.arrivals = torch.empty(self.chunk_rows, dtype=torch.int32, device=self.device)
+
+    def _logits_to_gradients(self, rows: slice, terms: RowTerms) -> None:
+        """Leaves dloss/dlogits of a group of rows in self.gradient, where gradients are needed."""
+        student, teacher = self.problem.student, self.problem.teacher
+        if self.in_place:
+            out = self.student_logits[: rows.stop - rows.start, : self.columns]
+            _multiply(student.input[rows], student.weight[: self.columns].T, out=out)
+        for start in range(rows.start, rows.stop, self.chunk_rows):
+            chunk = slice(start, min(start + self.chunk_rows, rows.stop))
+            in_group = slice(start - rows.start, chunk.stop - rows.start)
+            if self.in_place:
+                student_logits = self.student_logits[in_group]
+            else:
+                student_logits = self.student_logits[: chunk.stop - start]
+                out = student_logits[:, : self.columns]
+                _multiply(student.input[chunk], student.weight[: self.columns].T, out=out)
+            teacher_logits = None
+            if teacher is not None:
+                teacher_logits = self.teacher_logits[: chunk.stop - start]
+                out = teacher_logits[:, : self.teacher_columns]
+                _multiply(teacher.input[chunk], teacher.weight[: self.teacher_columns].T, out=out)
+            self._launch(chunk, student_logits, teacher_logits, self.gradient[in_group], terms)
+
+    def _launch(
+        self, chunk: slice, student_logits: Tensor, teacher_logits: Tensor | None, gradient: Tensor, terms: RowTerms
+    ) -> None:
+        from kdflow_kernels.row_kernels import row_kernel
+
+        problem, student, teacher, launch = self.problem, self.problem.student, self.problem.teacher, self.launch
+        num_rows = chunk.stop - chunk.start
+        nothing = self.row_scale  # stands for pointers that the kernel does not follow
+        if launch.splits > 1:
+            self.arrivals.zero_()
+        twin = self.twin
+        kd_gradient = bool(self.needs) and teacher is not None and problem.kd_weight != 0.0
+        grid = (num_rows,)
+        if launch.splits > 1:
+            # Programs of a row wait for one another: no more of them than run at once.
+            at_once = PROGRAMS_PER_PROCESSOR * self.num_processors // launch.splits
+            grid = (min(num_rows, at_once) * launch.splits,)
+
+        def rows_of(tensor: Tensor | None) -> Tensor:
+            return nothing if tensor is None else tensor[chunk]
+
+        with _on(self.device):
+            row_kernel[grid](
+                student_logits,
+                student_logits.stride(0),
+                nothing if teacher_logits is None else teacher_logits,
+                0 if teacher_logits is None else teacher_logits.stride(0),
+                nothing if self.teacher_ids is None else self.teacher_ids,
+                nothing if student.bias is None else student.bias,
+                nothing if teacher is None or teacher.bias is None else teacher.bias,
+                rows_of(problem.labels),
+                self.row_scale[chunk],
+                gradient,
+                gradient.stride(0),
+                self.kd_parts[chunk],
+                rows_of(terms.ce),
+                rows_of(terms.student_entropy),
+                rows_of(terms.teacher_entropy),
+                rows_of(terms.top1_agreement),
+                self.partials if launch.splits > 1 else nothing,
+                self.arrivals if launch.splits > 1 else nothing,
+                num_rows,
+                self.columns,
+                problem.num_compared,
+                1.0 / problem.temperature,
+                problem.kd_weight,
+                problem.ce_weight,
+                student.logit_scale,
+                student.softcap or 1.0,
+                1.0 if teacher is None else teacher.logit_scale,
+                1.0 if teacher is None else teacher.softcap or 1.0,
+                0.0 if twin is None else twin.parameter,
+                POINTWISE=None if twin is None else twin.function,
+                GRADIENT_SUM=None if twin is None else twin.gradient_sum,
+                HAS_TEACHER=teacher is not None,
+                HAS_LABELS=problem.labels is not None,
+                KD_GRADIENT=kd_gradient,
+                CE_GRADIENT=bool(self.needs) and problem.ce_weight != 0.0 and problem.labels is not None,
+                PARTIAL=problem.num_compared != self.columns,
+                PAIRED=self.teacher_ids is not None,
+                TEMPERED=problem.temperature != 1.0,
+                **_flags("STUDENT", student),
+                **_flags("TEACHER", teacher),
+                LANES=launch.lanes,
+                WIDTH=launch.width,
+                SPLITS=launch.splits,
+                num_warps=launch.num_warps,
+                launch_cooperative_grid=launch.splits > 1,
+            )
+
+    def _empty_terms(self) -> RowTerms:
+        def make(given: object) -> Tensor | None:
+            if given is None:
+                return None
+            return torch.empty(self.num_rows, dtype=torch.float32, device=self.device)
+
+        teacher, labels = self.problem.teacher, self.problem.labels
+        return RowTerms(make(teacher), make(labels), make(self.row_scale), make(teacher), make(teacher))
+
+
+def _others(terms: RowTerms) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    return terms.ce, terms.student_entropy, terms.teacher_entropy, terms.top1_agreement
+
+
+def _flags(side: str, head: Head | None) -> dict[str, bool]:
+    return {
+        f"{side}_BIAS": head is not None and head.bias is not None,
+        f"{side}_SCALE": head is not None and head.logit_scale != 1.0,
+        f"{side}_SOFTCAP": head is not None and head.softcap is not None,
+    }
+
+
+def _logits_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if FP32_LOGITS else dtype
+
+
+def _multiply(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False) -> None:
+    """out = a @ b, or out += a @ b; summed in fp32 whatever the dtypes are."""
+    if out.dtype == a.dtype:
+        if accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif out.device.type == "cuda":
+        if accumulate:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif accumulate:
+        out += a.to(out.dtype) @ b.to(out.dtype)
+    else:
+        out.copy_(a.to(out.dtype) @ b.to(out.dtype))
+
+
+def _splits(row_bytes: int, num_processors: int) -> int:
+    """Programs a row, so that the rows in flight stay in the cache until they are read again."""
+    if SPLITS is not None:
+        return SPLITS
+    splits = 1
+    while splits < 16 and PROGRAMS_PER_PROCESSOR * num_processors // splits * row_bytes > CACHE_BYTES:
+        splits *= 2
+    return splits
+
+
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _on(device: torch.device):
+    return torch.cuda.device(device if device.type == "cuda" else -1)

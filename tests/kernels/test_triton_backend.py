@@ -1,0 +1,288 @@
+"""The Triton backend by the three-way oracle: on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import kd_oracle
+import pytest
+import torch
+from kd_oracle import Case, ours
+from test_fused_kd_loss import FACTORS, covering_case, describe, make, pairwise
+
+from kdflow_kernels import fused_kd_loss, get_divergence, list_divergences, triton_backend
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DIVERGENCES = [name for name in list_divergences() if get_divergence(name).jit() is not None]
+COVERED = {**FACTORS, "divergence": tuple(DIVERGENCES), "dtype": (torch.float32, torch.bfloat16, torch.float16)}
+del COVERED["hidden_size"]  # means nothing here
+
+
+def check(case: Case, dtype: torch.dtype, *, factor: float = 1.5) -> None:
+    # The GPU's exponentials and logarithms are good to two units in the last place, each.
+    kd_oracle.check_against_oracle(case, dtype, "triton", factor=factor, roundings=8 if dtype == torch.float32 else 2)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch):
+    """Several blocks, the last one uneven, and several groups, at shapes that a test can afford."""
+    monkeypatch.setattr(triton_backend, "LANES", 32)
+    monkeypatch.setattr(triton_backend, "LOGITS_BYTES", 10 * 256 * 4)
+
+
+@pytest.fixture(params=[False, True], ids=["logits in the head's dtype", "fp32 logits"])
+def fp32_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(triton_backend, "FP32_LOGITS", request.param)
+
+
+@pytest.mark.parametrize("case", pairwise(COVERED), ids=describe)
+def test_covering_design(case: dict):
+    made, dtype = covering_case(case)
+    low = dtype != torch.float32
+    # TVD's gradient jumps where p is q; eager code has as many jumps, in other places.
+    check(made.to(DEVICE), dtype, factor=3.0 if case["divergence"] == "tvd" and low else 1.5)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.usefixtures("fp32_logits")
+def test_every_divergence_in_bf16(divergence: str):
+    case = make(divergence=divergence, ce_weight=0.3, vocab=300, num_rows=20).to(DEVICE)
+    check(case, torch.bfloat16, factor=3.0 if divergence == "tvd" else 1.5)
+
+
+def test_fp32_logits_are_closer_than_bf16_ones(monkeypatch: pytest.MonkeyPatch):
+    """What the option is for: the truth is of the same bf16 inputs."""
+    case = make(vocab=300, num_rows=24, labels="none").to(DEVICE).cast(torch.bfloat16)
+    case.tensors["student_input"].data.mul_(4.0)
+    _, truth = ours(case, torch.float64, "reference")
+    errors = []
+    for fp32 in (False, True):
+        monkeypatch.setattr(triton_backend, "FP32_LOGITS", fp32)
+        _, found = ours(case, torch.bfloat16, "triton")
+        errors.append((found["student_input"].double() - truth["student_input"]).norm())
+    assert errors[1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("num_rows, ignore", [(0, False), (1, False), (1, True), (9, True)])
+def test_few_rows_and_all_ignored(num_rows: int, ignore: bool, reduction: str):
+    case = make(num_rows=num_rows, labels="all", ce_weight=0.5, reduction=reduction, student_bias=True).to(DEVICE)
+    if ignore:
+        case.tensors["shift_labels"].fill_(-100)
+    check(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_logits_of_ten_thousand(divergence: str, dtype: torch.dtype):
+    case = make(divergence=divergence, ce_weight=0.5, num_rows=6)
+    for side in ("student", "teacher"):
+        hidden = torch.zeros(6, case.tensors[f"{side}_input"].shape[1], dtype=torch.float64)
+        hidden[:, 0] = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, 0.0]) * (1.0 if side == "student" else -1.0)
+        weight = torch.zeros_like(case.tensors[f"{side}_weight"])
+        weight[3, 0], weight[7, 0] = 1e4, -1e4
+        case.tensors[f"{side}_input"], case.tensors[f"{side}_weight"] = hidden, weight.detach()
+    case.tensors["student_input"].requires_grad_()
+    case.tensors["student_weight"].requires_grad_()
+    check(case.to(DEVICE), dtype)
+
+
+@pytest.mark.parametrize("vocabulary", ["same", "padded", "paired"])
+@pytest.mark.usefixtures("fp32_logits")
+def test_rows_of_output_are_the_torch_backends(vocabulary: str):
+    """Entropies, agreement and both terms, per row."""
+    case = make(vocabulary=vocabulary, ce_weight=0.5, temperature=1.7, reduction="none", vocab=150).cast(torch.float32)
+    case = case.to(DEVICE)
+    found, expected = (fused_kd_loss(**case.tensors, **case.options, backend=name) for name in ("triton", "torch"))
+    for name, value in found._asdict().items():
+        torch.testing.assert_close(
+            value, getattr(expected, name), rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("token", [0, 31, 128, 200, 256])
+def test_agreement_finds_the_top_token(token: int):
+    vocab = 257
+    hidden = torch.eye(4, device=DEVICE)
+    weight = torch.randn(vocab, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weight[token] = 20.0
+    output = fused_kd_loss(hidden, weight, hidden, weight.clone(), backend="triton")
+    assert output.top1_agreement == 1
+    assert fused_kd_loss(hidden, weight, hidden, weight.roll(1, 0), backend="triton").top1_agreement == 0
+
+
+def test_of_equal_tokens_the_first_is_the_top():
+    """As argmax has it: student and teacher tie between other tokens, with the same first one."""
+    hidden = torch.ones(1, 1, device=DEVICE)
+    student, teacher = (torch.zeros(257, 1, device=DEVICE) for _ in range(2))
+    student[[37, 201]] = teacher[[37, 150]] = 5.0
+    assert fused_kd_loss(hidden, student, hidden, teacher, backend="triton").top1_agreement == 1
+    teacher[36] = 5.0
+    assert fused_kd_loss(hidden, student, hidden, teacher, backend="triton").top1_agreement == 0
+
+
+def test_cross_entropy_alone():
+    case = make(kd_weight=0.0, ce_weight=1.0)
+    for name in ("teacher_input", "teacher_weight"):
+        del case.tensors[name]
+    check(case.to(DEVICE), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["student_input", "student_weight", "teacher_input", "teacher_weight"])
+def test_nan_reaches_the_loss(name: str):
+    case = make(labels="none").cast(torch.float32).to(DEVICE)
+    case.tensors[name].data[2, 1] = torch.nan
+    assert fused_kd_loss(**case.tensors, backend="triton").loss.isnan()
+
+
+def test_bias_of_minus_infinity_masks_a_token():
+    case = make(student_bias=True, teacher_bias=True, labels="none", vocab=61)
+    cut = make(student_bias=True, teacher_bias=True, labels="none", vocab=61, vocab_size=50)
+    for side in ("student", "teacher"):
+        case.tensors[f"{side}_bias"].data[50:] = -torch.inf
+        cut.tensors[f"{side}_bias"].data[50:] = 0.0
+    loss, grads = ours(case.to(DEVICE), torch.float32, "triton")
+    truth, true_grads = ours(cut.to(DEVICE), torch.float64, "reference")
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads["student_weight"].double(), true_grads["student_weight"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", ["student_input", "student_weight", "student_bias"])
+def test_frozen_tensors_cost_nothing(frozen: str, monkeypatch: pytest.MonkeyPatch):
+    case = make(student_bias=True, ce_weight=0.2).to(DEVICE)
+    case.tensors[frozen].requires_grad_(False)
+    formed = []
+    run = triton_backend.run
+    monkeypatch.setattr(triton_backend, "run", lambda *args: formed.append(run(*args)) or formed[-1])
+    check(case, torch.float32)
+    assert getattr(formed[-1][1], frozen.removeprefix("student_")) is None
+
+
+def test_a_scaled_loss_scales_the_gradients():
+    case = make(labels="none").cast(torch.float32).to(DEVICE)
+    weight = case.tensors["student_weight"]
+    (found,) = torch.autograd.grad(3.0 * fused_kd_loss(**case.tensors, backend="triton").loss, weight)
+    (expected,) = torch.autograd.grad(fused_kd_loss(**case.tensors, backend="triton").loss, weight)
+    torch.testing.assert_close(found, 3.0 * expected)
+
+
+def test_fp16_gradients_survive_until_the_loss_scale():
+    case = make(num_items=1e7).cast(torch.float16).to(DEVICE)
+    loss = fused_kd_loss(**case.tensors, **case.options, backend="triton").loss * 2.0**20
+    (scaled,) = torch.autograd.grad(loss, case.tensors["student_weight"])
+    _, truth = ours(make(num_items=1e7 / 2**20).to(DEVICE), torch.float64, "torch")
+    torch.testing.assert_close(scaled.double(), truth["student_weight"], rtol=1e-2, atol=1e-4)
+
+
+def test_a_divergence_without_a_jit_form_goes_to_torch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(triton_backend, "run", lambda *_: pytest.fail("has no form of it"))
+    case = make(divergence="hierarchical_ranking", labels="none").cast(torch.float32).to(DEVICE)
+    assert fused_kd_loss(**case.tensors, **case.options, backend="triton").loss.isfinite()
+
+
+def bf16_case(num_rows: int, vocab: int, hidden: int, teacher_hidden: int, **options) -> Case:
+    """On the GPU; logits of a usual spread."""
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
+        return (std * torch.randn(shape, generator=g, device="cuda")).bfloat16()
+
+    tensors = {
+        "student_input": normal(num_rows, hidden).requires_grad_(),
+        "student_weight": normal(vocab, hidden, std=2 * hidden**-0.5).requires_grad_(),
+        "teacher_input": normal(num_rows, teacher_hidden),
+        "teacher_weight": normal(vocab, teacher_hidden, std=2 * teacher_hidden**-0.5),
+    }
+    if options.get("ce_weight"):
+        tensors["shift_labels"] = torch.randint(0, vocab, (num_rows,), generator=g, device="cuda")
+        tensors["shift_labels"][::5] = -100
+    return Case(tensors, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+class TestOnTheGPU:
+    @pytest.fixture(autouse=True)
+    def small_blocks(self, monkeypatch: pytest.MonkeyPatch):
+        """As users have them."""
+        monkeypatch.undo()
+
+    @pytest.fixture(params=[1, 2, 8, None], ids=lambda splits: f"splits {splits}")
+    def splits(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(triton_backend, "SPLITS", request.param)
+
+    @pytest.mark.parametrize("divergence", DIVERGENCES)
+    @pytest.mark.usefixtures("splits")
+    def test_every_divergence(self, divergence: str):
+        case = bf16_case(700, 50_257, 256, 384, divergence=divergence, ce_weight=0.2, temperature=1.5)
+        check(case, torch.bfloat16, factor=3.0 if divergence == "tvd" else 1.5)
+
+    @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+    @pytest.mark.usefixtures("splits", "fp32_logits")
+    def test_a_wide_vocabulary(self, divergence: str):
+        check(bf16_case(600, 151_936, 512, 256, divergence=divergence), torch.bfloat16)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.usefixtures("splits")
+    def test_other_dtypes(self, dtype: torch.dtype):
+        check(bf16_case(300, 32_000, 128, 128, ce_weight=0.5), dtype)
+
+    @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+    @pytest.mark.usefixtures("splits")
+    def test_the_same_again_is_the_same_to_the_bit(self, divergence: str):
+        case = bf16_case(2500, 64_000, 256, 256, divergence=divergence)
+        loss, grads = ours(case, torch.bfloat16, "triton")
+        for _ in range(5):
+            again, grads_again = ours(case, torch.bfloat16, "triton")
+            assert torch.equal(loss, again)
+            assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+
+    def test_the_host_never_waits(self):
+        case = bf16_case(3000, 32_000, 256, 256, ce_weight=0.5)
+        ours(case, torch.bfloat16, "triton")  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ours_loss = fused_kd_loss(**case.tensors, **case.options)
+            ours_loss.loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_peak_memory(self):
+        """Beyond inputs and gradients, both blocks of logits and little more."""
+        case = bf16_case(8192, 151_936, 256, 256)
+        h, w = case.tensors["student_input"], case.tensors["student_weight"]
+        fused_kd_loss(**case.tensors).loss.backward()
+        h.grad = w.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fused_kd_loss(**case.tensors).loss.backward()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before - h.nbytes - w.nbytes
+        assert peak < 2**30
+
+    def test_in_a_cuda_graph(self):
+        case = bf16_case(512, 32_000, 128, 128)
+        tensors = case.tensors
+        for name in ("student_input", "student_weight"):
+            tensors[name].grad = torch.zeros_like(tensors[name])
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                fused_kd_loss(**tensors).loss.backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        for name in ("student_input", "student_weight"):
+            tensors[name].grad = None
+        with torch.cuda.graph(graph):
+            output = fused_kd_loss(**tensors)
+            output.loss.backward()
+        tensors["student_input"].data.mul_(0.5)
+        graph.replay()
+        torch.cuda.synchronize()
+        captured = tensors["student_weight"].grad.clone()
+        loss, grads = ours(case, torch.bfloat16, "triton")
+        torch.testing.assert_close(output.loss, loss)
+        assert torch.equal(captured, grads["student_weight"])

@@ -1,98 +1,9 @@
 // kdflow._ring: the ring for Python. kdflow/transport/ring.py is the face that users see.
-#include <pybind11/functional.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.hpp"
 
 #include <cmath>
-#include <memory>
-#include <optional>
-#include <string>
-#include <vector>
-
-#include "kdflow/dlpack.hpp"
-#include "kdflow/notifier.hpp"
-#include "kdflow/ring.hpp"
-
-namespace py = pybind11;
-using namespace kdflow;
 
 namespace {
-
-using Ticket = std::optional<std::uint64_t>;
-
-// Before 3.14, Python ends a thread that asks for the lock of a finalising interpreter by unwinding its stack, which
-// C++ answers with std::terminate. A daemon thread in a wait stays here instead, until the process is gone.
-void stay_if_finalizing() {
-#if PY_VERSION_HEX >= 0x030d0000
-  const bool finalizing = Py_IsFinalizing() != 0;
-#else
-  const bool finalizing = _Py_IsFinalizing() != 0;
-#endif
-  while (finalizing) ::pause();
-}
-
-// The block runs without the interpreter's lock.
-class Unlocked {
- public:
-  Unlocked() : state_(PyEval_SaveThread()) {}
-  Unlocked(const Unlocked&) = delete;
-  ~Unlocked() noexcept(false) {
-    stay_if_finalizing();
-    PyEval_RestoreThread(state_);
-  }
-
- private:
-  PyThreadState* state_;
-};
-
-Wait make_wait(double timeout_s) {
-  if (!(timeout_s >= 0) || timeout_s > 1e9) {
-    throw std::invalid_argument("timeout_s: expected seconds in 0..1e9, got " + std::to_string(timeout_s));
-  }
-  const auto timeout = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(timeout_s));
-  return Wait{timeout, [] {
-                stay_if_finalizing();
-                const py::gil_scoped_acquire locked;
-                if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-              }};
-}
-
-Role make_role(const std::string& role) {
-  if (role == "producer") return Role::producer;
-  if (role == "consumer") return Role::consumer;
-  throw std::invalid_argument("role: expected \"producer\" or \"consumer\", got \"" + role + "\"");
-}
-
-// The lease must outlive every view, and the mapping every lease: a view never points into unmapped
-// memory.
-struct View {
-  dlpack::ManagedTensor managed{};
-  std::vector<std::int64_t> shape;
-  std::shared_ptr<Member> member;
-};
-
-py::capsule to_dlpack(const Lease& lease) {
-  auto view = std::make_unique<View>();
-  const Record& record = lease.record;
-  view->shape.assign(record.shape, record.shape + record.ndim);
-  view->member = lease.member();
-  view->managed.tensor = {.data = lease.data(),
-                          .device = {1, 0},
-                          .ndim = record.ndim,
-                          .dtype = {record.dtype_code, record.dtype_bits, 1},
-                          .shape = view->shape.data(),
-                          .strides = nullptr,
-                          .byte_offset = 0};
-  view->managed.manager_context = view.get();
-  view->managed.deleter = [](dlpack::ManagedTensor* self) { delete static_cast<View*>(self->manager_context); };
-  py::capsule capsule(&view->managed, "dltensor", [](PyObject* self) {
-    if (!PyCapsule_IsValid(self, "dltensor")) return;  // a consumer renamed it and owns the view
-    auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(self, "dltensor"));
-    managed->deleter(managed);
-  });
-  static_cast<void>(view.release());
-  return capsule;
-}
 
 // Exports the bytes of a slot through the buffer protocol, so that a memoryview keeps the mapping
 // alive.
@@ -101,26 +12,6 @@ struct Bytes {
   std::byte* data;
   std::uint64_t nbytes;
   bool readonly;
-};
-
-struct PyRing {
-  explicit PyRing(Ring opened) : name(opened.slots().name()), ring(std::move(opened)) {}
-
-  const Ring* operator->() const {
-    if (!ring) throw TransportError(name + ": this ring is closed");
-    return &*ring;
-  }
-  const Header& header() const { return (*this)->slots().header(); }
-
-  void close() {  // the mapping stays for as long as a lease or a view is around
-    notifier.reset();
-    if (ring) ring->close();
-    ring.reset();
-  }
-
-  std::string name;
-  std::optional<Ring> ring;
-  std::unique_ptr<Notifier> notifier{};
 };
 
 py::dict to_dict(const SideStats& side) {
@@ -174,32 +65,11 @@ PYBIND11_MODULE(_ring, module) {
                            self.readonly);
   });
 
-  py::class_<Lease>(module, "Lease")
-      .def_property_readonly("ticket", &Lease::ticket)
-      .def_property_readonly("generation", &Lease::generation)
-      .def_property_readonly("held", &Lease::held)
-      .def_property_readonly("nbytes", [](const Lease& self) { return self.record.nbytes; })
-      .def_property_readonly(
-          "dtype", [](const Lease& self) { return std::pair(self.record.dtype_code, self.record.dtype_bits); })
-      .def_property_readonly("shape",
-                             [](const Lease& self) {
-                               return py::tuple(py::cast(
-                                   std::vector<std::int64_t>(self.record.shape, self.record.shape + self.record.ndim)));
-                             })
-      .def_property_readonly("writer_pid", [](const Lease& self) { return self.record.writer_pid; })
-      .def_property(
-          "microbatch_id", [](const Lease& self) { return self.record.microbatch_id; },
-          [](Lease& self, std::int64_t value) { self.record.microbatch_id = value; })
-      .def_property(
-          "tag", [](const Lease& self) { return self.record.tag; },
-          [](Lease& self, std::int64_t value) { self.record.tag = value; })
-      .def(
-          "set_shape",
-          [](Lease& self, std::uint8_t code, std::uint8_t bits, const std::vector<std::int64_t>& shape) {
-            self.shape(code, bits, shape);
-          },
-          py::arg("code"), py::arg("bits"), py::arg("shape"))
-      .def("dlpack", &to_dlpack)
+  py::class_<Lease> lease(module, "Lease");
+  bind_lease(lease, [](auto& self) -> auto& { return self; });
+  lease
+      .def("dlpack",
+           [](const Lease& self) { return to_dlpack(self.record, self.data(), {dlpack::kCpu, 0}, self.member()); })
       .def(
           "bytes",
           [](const Lease& self, bool readonly) {
@@ -214,17 +84,18 @@ PYBIND11_MODULE(_ring, module) {
       .def_static(
           "create",
           [](const std::string& name, bool many_consumers, std::uint64_t num_slots, std::uint64_t slot_bytes,
-             bool checksum, bool huge_pages, std::optional<int> numa_node) {
+             bool checksum, bool huge_pages, std::optional<int> numa_node, bool in_device_memory) {
             const Unlocked unlocked;
             return PyRing(Ring::create({.name = name,
                                         .kind = many_consumers ? RingKind::request : RingKind::data,
                                         .num_slots = num_slots,
                                         .slot_bytes = slot_bytes,
                                         .checksum = checksum,
+                                        .placement = in_device_memory ? Placement::device : Placement::host,
                                         .segment = {.huge_pages = huge_pages, .numa_node = numa_node}}));
           },
           py::kw_only(), py::arg("name"), py::arg("many_consumers"), py::arg("num_slots"), py::arg("slot_bytes"),
-          py::arg("checksum"), py::arg("huge_pages"), py::arg("numa_node"))
+          py::arg("checksum"), py::arg("huge_pages"), py::arg("numa_node"), py::arg("in_device_memory") = false)
       .def_static(
           "attach",
           [](std::variant<std::string, int> source, const std::string& role, bool guard) {
@@ -245,6 +116,8 @@ PYBIND11_MODULE(_ring, module) {
       .def_property_readonly("slot_bytes", [](const PyRing& self) { return self.header().slot_bytes; })
       .def_property_readonly("many_consumers",
                              [](const PyRing& self) { return self.header().kind == RingKind::request; })
+      .def_property_readonly("in_device_memory",
+                             [](const PyRing& self) { return self.header().placement == Placement::device; })
       .def_property_readonly("closed", [](const PyRing& self) { return !self.ring; })
       .def("fileno", [](const PyRing& self) { return self->slots().fd(); })
       .def(
@@ -287,6 +160,10 @@ PYBIND11_MODULE(_ring, module) {
              if (!self.notifier) self.notifier = std::make_unique<Notifier>(self->member());
              return self.notifier->fd();
            })
+      .def("clear_ready",
+           [](PyRing& self) {
+             if (self.notifier) self.notifier->clear();
+           })
       .def("peers",
            [](PyRing& self) {
              std::vector<std::pair<std::string, std::int32_t>> peers;
@@ -306,4 +183,6 @@ PYBIND11_MODULE(_ring, module) {
                              py::arg("lost") = stats.lost);
            })
       .def("close", &PyRing::close, py::call_guard<Unlocked>());
+
+  bind_cuda(module);
 }

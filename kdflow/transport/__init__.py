@@ -7,9 +7,14 @@ from kdflow.transport.channel import (
     PrefillRequest,
     request_bytes,
 )
+from kdflow.transport.cuda import RingChoice, choose_ring, cuda_available, cuda_unavailable_reason
+from kdflow.transport.cuda_ring import CudaReadSlot, CudaRing, CudaWriteSlot
 from kdflow.transport.ring import HiddenRing, ReadSlot, RequestRing, RingStats, WriteSlot
 
 __all__ = [
+    "CudaReadSlot",
+    "CudaRing",
+    "CudaWriteSlot",
     "HiddenRing",
     "HiddenStatesClient",
     "HiddenStatesServer",
@@ -17,7 +22,11 @@ __all__ = [
     "PrefillRequest",
     "ReadSlot",
     "RequestRing",
+    "RingChoice",
     "RingStats",
     "WriteSlot",
+    "choose_ring",
+    "cuda_available",
+    "cuda_unavailable_reason",
     "request_bytes",
 ]

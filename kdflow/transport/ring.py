@@ -142,15 +142,15 @@ class _Slot:
 def _empty_out(tensor: torch.Tensor) -> None:
     """Leave no element in it, and let a backward through it, or through a view of it, raise."""
     torch = sys.modules["torch"]  # an import statement costs a microsecond a record
-    tensor.data = _nothing(tensor.dtype)
+    tensor.data = _nothing(tensor.dtype, tensor.device)
     torch.autograd.graph.increment_version(tensor)
 
 
 @cache
-def _nothing(dtype: torch.dtype) -> torch.Tensor:
+def _nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     import torch
 
-    return torch.empty(0, dtype=dtype)
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 class WriteSlot(_Slot):
@@ -287,6 +287,9 @@ class _Ring:
         if ring._native.many_consumers != cls._many_consumers:
             ring.close()
             raise ValueError(f"{ring.name}: not a {cls.__name__}; attach it with the other class")
+        if ring._native.in_device_memory:
+            ring.close()
+            raise ValueError(f"{ring.name}: its slots are device memory; attach it as CudaRing")
         return ring
 
     @property

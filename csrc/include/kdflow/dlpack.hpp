@@ -7,8 +7,10 @@
 
 namespace kdflow::dlpack {
 
+inline constexpr std::int32_t kCpu = 1, kCuda = 2;
+
 struct Device {
-  std::int32_t type;  // 1: CPU
+  std::int32_t type;
   std::int32_t id;
 };
 

@@ -2,7 +2,7 @@
 // live elsewhere.
 //
 //   Header | Cursors | Counters | PeerEntry[kMaxPeers] | SlotState[num_slots] | pad to a page |
-//   payload[num_slots]
+//   payload[num_slots], or one page that says where in device memory the payload is
 #pragma once
 
 #include <unistd.h>
@@ -39,6 +39,8 @@ enum class RingKind : std::uint32_t {
   request = 2,  // several of both
 };
 
+enum class Placement : std::uint32_t { host = 0, device = 1 };
+
 // Written once by the creator. Every peer copies it, checks it, and uses only its copy from then
 // on.
 struct Header {
@@ -52,7 +54,7 @@ struct Header {
   std::uint64_t segment_bytes;
   std::uint64_t pid_namespace;
   std::uint32_t checksum;  // 0 or 1
-  std::uint32_t reserved;
+  Placement placement;     // of the payload
   char name[48];
   std::uint32_t crc;  // of all the bytes before it
 
@@ -124,7 +126,8 @@ constexpr std::uint64_t round_up(std::uint64_t value, std::uint64_t unit) { retu
 inline void lay_out(Header& header, std::uint64_t page_bytes) {
   header.payload_offset = round_up(kSlotsOffset + header.num_slots * sizeof(SlotState), page_bytes);
   header.payload_stride = round_up(header.slot_bytes, page_bytes);
-  header.segment_bytes = header.payload_offset + header.num_slots * header.payload_stride;
+  header.segment_bytes = header.payload_offset +
+                         (header.placement == Placement::host ? header.num_slots * header.payload_stride : page_bytes);
 }
 
 // Throws RingCorrupt unless every number fits a mapping of `mapped_bytes`.
@@ -138,6 +141,7 @@ inline void check_header(const Header& header, std::uint64_t mapped_bytes) {
   if (header.crc != header.expected_crc()) fail("its checksum does not match; the memory was overwritten");
   if (header.kind != RingKind::data && header.kind != RingKind::request) fail("unknown kind of ring");
   if (header.checksum > 1) fail("checksum flag is neither 0 nor 1");
+  if (header.placement != Placement::host && header.placement != Placement::device) fail("unknown placement");
   if (header.num_slots == 0 || header.num_slots > kMaxSlots) fail("num_slots out of range");
   if (header.slot_bytes == 0 || header.slot_bytes > kMaxSlotBytes) fail("slot_bytes out of range");
   if (header.name[sizeof(header.name) - 1] != '\0') fail("name is not terminated");

@@ -93,18 +93,18 @@ class Lease {
     KDFLOW_FAULT("released");
   }
 
+  void require_held() const {
+    if (!held()) throw TransportError("ticket " + std::to_string(ticket_) + ": was given back before", ticket_);
+    member_->require_joined();
+    if (slots().load(slot()).without_waiting() != granted_) throw_revoked();
+  }
+
   // A record that turned out unreadable: its ticket can be given again.
   void reject() { finish(granted_.abandoned()); }
 
  private:
   const Slots& slots() const { return member_->slots; }
   std::uint64_t slot() const { return slots().slot_of(ticket_); }
-
-  void require_held() const {
-    if (!held()) throw TransportError("ticket " + std::to_string(ticket_) + ": was given back before", ticket_);
-    member_->require_joined();
-    if (slots().load(slot()).without_waiting() != granted_) throw_revoked();
-  }
 
   void finish(Control next) {
     done_ = true;

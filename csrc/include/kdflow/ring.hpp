@@ -27,6 +27,7 @@ struct RingConfig {
   std::uint64_t num_slots = 8;
   std::uint64_t slot_bytes = 1u << 20;
   bool checksum = false;
+  Placement placement = Placement::host;
   SegmentOptions segment{};
 };
 
@@ -60,6 +61,7 @@ class Ring {
     header.num_slots = config.num_slots;
     header.slot_bytes = config.slot_bytes;
     header.checksum = config.checksum ? 1 : 0;
+    header.placement = config.placement;
     header.pid_namespace = pid_namespace();
     if (config.num_slots == 0 || config.num_slots > kMaxSlots) {
       fail("num_slots must be in 1.." + std::to_string(kMaxSlots) + ", got " + std::to_string(config.num_slots));
@@ -69,6 +71,9 @@ class Ring {
     }
     if (config.name.empty() || config.name.size() >= sizeof(header.name)) {
       fail("name must have 1 to " + std::to_string(sizeof(header.name) - 1) + " bytes");
+    }
+    if (config.checksum && config.placement == Placement::device) {
+      fail("checksum: the host cannot read device memory; leave it out");
     }
     config.name.copy(header.name, config.name.size());
     lay_out(header, config.segment.huge_pages ? kHugePageBytes : kPageBytes);

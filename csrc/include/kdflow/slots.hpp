@@ -38,6 +38,7 @@ class Slots {
     return {reinterpret_cast<PeerEntry*>(segment_->at(kPeersOffset)), kMaxPeers};
   }
   Record& record(std::uint64_t slot) const { return state(slot).record; }
+  // Only where the payload is host memory.
   std::byte* payload(std::uint64_t slot) const {
     return segment_->at(header_.payload_offset + slot * header_.payload_stride);
   }

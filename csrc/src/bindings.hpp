@@ -1,0 +1,157 @@
+// What the parts of the module kdflow._ring share.
+#pragma once
+
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kdflow/dlpack.hpp"
+#include "kdflow/notifier.hpp"
+#include "kdflow/ring.hpp"
+
+namespace py = pybind11;
+using namespace kdflow;
+
+using Ticket = std::optional<std::uint64_t>;
+
+// Before 3.14, Python ends a thread that asks for the lock of a finalising interpreter by unwinding its stack, which
+// C++ answers with std::terminate. A daemon thread in a wait stays here instead, until the process is gone.
+inline void stay_if_finalizing() {
+#if PY_VERSION_HEX >= 0x030d0000
+  const bool finalizing = Py_IsFinalizing() != 0;
+#else
+  const bool finalizing = _Py_IsFinalizing() != 0;
+#endif
+  while (finalizing) ::pause();
+}
+
+// The block runs without the interpreter's lock.
+class Unlocked {
+ public:
+  Unlocked() : state_(PyEval_SaveThread()) {}
+  Unlocked(const Unlocked&) = delete;
+  ~Unlocked() noexcept(false) {
+    stay_if_finalizing();
+    PyEval_RestoreThread(state_);
+  }
+
+ private:
+  PyThreadState* state_;
+};
+
+inline std::chrono::nanoseconds make_timeout(double timeout_s) {
+  if (!(timeout_s >= 0) || timeout_s > 1e9) {
+    throw std::invalid_argument("timeout_s: expected seconds in 0..1e9, got " + std::to_string(timeout_s));
+  }
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(timeout_s));
+}
+
+inline Wait make_wait(double timeout_s) {
+  return Wait{make_timeout(timeout_s), [] {
+                stay_if_finalizing();
+                const py::gil_scoped_acquire locked;
+                if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+              }};
+}
+
+inline Role make_role(const std::string& role) {
+  if (role == "producer") return Role::producer;
+  if (role == "consumer") return Role::consumer;
+  throw std::invalid_argument("role: expected \"producer\" or \"consumer\", got \"" + role + "\"");
+}
+
+// Memory handed out through DLPack. What owns it must outlive every view: none ever points into unmapped memory.
+struct View {
+  dlpack::ManagedTensor managed{};
+  std::vector<std::int64_t> shape;
+  std::shared_ptr<const void> owner;
+};
+
+inline py::capsule to_dlpack(const Record& record, void* data, dlpack::Device device,
+                             std::shared_ptr<const void> owner) {
+  auto view = std::make_unique<View>();
+  view->shape.assign(record.shape, record.shape + record.ndim);
+  view->owner = std::move(owner);
+  view->managed.tensor = {.data = data,
+                          .device = device,
+                          .ndim = record.ndim,
+                          .dtype = {record.dtype_code, record.dtype_bits, 1},
+                          .shape = view->shape.data(),
+                          .strides = nullptr,
+                          .byte_offset = 0};
+  view->managed.manager_context = view.get();
+  view->managed.deleter = [](dlpack::ManagedTensor* self) { delete static_cast<View*>(self->manager_context); };
+  py::capsule capsule(&view->managed, "dltensor", [](PyObject* self) {
+    if (!PyCapsule_IsValid(self, "dltensor")) return;  // a consumer renamed it and owns the view
+    auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(self, "dltensor"));
+    managed->deleter(managed);
+  });
+  static_cast<void>(view.release());
+  return capsule;
+}
+
+struct PyRing {
+  explicit PyRing(Ring opened) : name(opened.slots().name()), ring(std::move(opened)) {}
+
+  const Ring* operator->() const {
+    if (!ring) throw TransportError(name + ": this ring is closed");
+    return &*ring;
+  }
+  const Header& header() const { return (*this)->slots().header(); }
+
+  void close() {  // the mapping stays for as long as a lease or a view is around
+    notifier.reset();
+    if (ring) ring->close();
+    ring.reset();
+  }
+
+  std::string name;
+  std::optional<Ring> ring;
+  std::unique_ptr<Notifier> notifier{};
+};
+
+// What every lease shows; `lease_of` finds the ring's own lease in it.
+template <typename Held, typename LeaseOf>
+void bind_lease(py::class_<Held>& type, const LeaseOf& lease_of) {
+  type.def_property_readonly("ticket", [=](const Held& self) { return lease_of(self).ticket(); })
+      .def_property_readonly("generation", [=](const Held& self) { return lease_of(self).generation(); })
+      .def_property_readonly("held", [=](const Held& self) { return lease_of(self).held(); })
+      .def_property_readonly("nbytes", [=](const Held& self) { return lease_of(self).record.nbytes; })
+      .def_property_readonly("dtype",
+                             [=](const Held& self) {
+                               const Record& record = lease_of(self).record;
+                               return std::pair(record.dtype_code, record.dtype_bits);
+                             })
+      .def_property_readonly(
+          "shape",
+          [=](const Held& self) {
+            const Record& record = lease_of(self).record;
+            return py::tuple(py::cast(std::vector<std::int64_t>(record.shape, record.shape + record.ndim)));
+          })
+      .def_property_readonly("writer_pid", [=](const Held& self) { return lease_of(self).record.writer_pid; })
+      .def_property(
+          "microbatch_id", [=](const Held& self) { return lease_of(self).record.microbatch_id; },
+          [=](Held& self, std::int64_t value) { lease_of(self).record.microbatch_id = value; })
+      .def_property(
+          "tag", [=](const Held& self) { return lease_of(self).record.tag; },
+          [=](Held& self, std::int64_t value) { lease_of(self).record.tag = value; })
+      .def(
+          "set_shape",
+          [=](Held& self, std::uint8_t code, std::uint8_t bits, const std::vector<std::int64_t>& shape) {
+            Lease& lease = lease_of(self);
+            if (!lease.held()) {
+              throw TransportError("ticket " + std::to_string(lease.ticket()) + ": was given back before",
+                                   lease.ticket());
+            }
+            lease.shape(code, bits, shape);
+          },
+          py::arg("code"), py::arg("bits"), py::arg("shape"));
+}
+
+void bind_cuda(py::module_& module);

@@ -56,7 +56,7 @@ def main(options: argparse.Namespace, console: Console) -> int:
             left = deadline - WRITING_S - time.monotonic()
             run.part(part, setting, left * part.seconds / sum(p.seconds for p in chosen[index:]), log)
     html = report.write_report(run.path, run.record(), run.rows, figures=False)
-    summary.print_all(run.results, run.rows, run.findings(), console)
+    summary.print_all(run.results, run.rows, run.findings(), console, rehearsal=options.rehearse)
     files = ", ".join(os.path.relpath(path) for path in (run.path, html, f"{stem}.log"))
     console.print(f"wrote {files} in {options.budget - deadline + time.monotonic():.0f} s", highlight=False)
     return 0 if all(result.status == "ok" for result in run.results.values()) else 1

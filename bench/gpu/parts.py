@@ -182,11 +182,11 @@ REHEARSED_LOSS = (
 def parts(*, rehearse: bool) -> list[Part]:
     """In the order of their worth, should time run out."""
     return [
-        Part("versions", 45, versions),
-        Part("build", 45, build),
-        Part("ceilings", 25, suite("ceilings", "--budget-s", "4")),
-        Part("loss", 180, suite("loss", *(REHEARSED_LOSS if rehearse else LOSS))),
-        Part("tests", 100, tests),
+        Part("versions", 40, versions),
+        Part("build", 40, build),
+        Part("ceilings", 20, suite("ceilings", "--budget-s", "4")),
+        Part("loss", 230, suite("loss", *(REHEARSED_LOSS if rehearse else LOSS))),
+        Part("tests", 90, tests),
         Part("ring", 50, suite("ring", "--budget-s", "6")),
         Part("e2e", 50, suite("e2e", "--budget-s", "10")),
     ]

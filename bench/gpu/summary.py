@@ -17,7 +17,12 @@ STYLES = {"pass": "green", "fail": "red", "not measured": "yellow", "reported": 
 
 
 def print_all(
-    results: Mapping[str, Result], rows: Sequence[Row], findings: Sequence[Finding], console: Console
+    results: Mapping[str, Result],
+    rows: Sequence[Row],
+    findings: Sequence[Finding],
+    console: Console,
+    *,
+    rehearsal: bool,
 ) -> None:
     for name, case in by_case(rows).items():
         console.print(f"{name}", style="bold", highlight=False, markup=False)
@@ -33,7 +38,9 @@ def print_all(
     for name, result in results.items():
         table.add_row(name, result.status, escape(result.note))
     console.print(table)
-    table = Table(title="verdict", title_justify="left")
+    table = Table(
+        title="verdict of a rehearsal: its times mean nothing" if rehearsal else "verdict", title_justify="left"
+    )
     for column in ("goal", "wanted", "measured", "verdict", "where"):
         table.add_column(column, justify="right" if column in ("wanted", "measured") else "left")
     for finding in findings:

@@ -127,8 +127,9 @@ def _run_group(case: Case, providers: Sequence[Provider], settings: Settings, sa
         for provider in providers
     ]
     # On a GPU all start at once: the host has cores for their imports and compilers. On a CPU one
-    # after the other, since the first step may be the only one that a slow provider has time for.
-    executor = ThreadPoolExecutor(len(lanes) if _is_on_gpu(case) else 1)
+    # after the other, since the first step may be the only one that a slow provider has time for,
+    # and so where the first step counts.
+    executor = ThreadPoolExecutor(len(lanes) if _is_on_gpu(case) and case.warm_up else 1)
     try:
         say(f"{case.name}: starting {', '.join(provider.name for provider in providers)}")
         list(executor.map(lambda lane: _start(lane, case, settings), lanes))

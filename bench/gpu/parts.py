@@ -136,7 +136,8 @@ def suite(name: str, *arguments: str) -> Callable[[Setting, float, Watch], Resul
         path = setting.folder / f"{name}.jsonl"
         command = [sys.executable, "-m", "bench", name, "--device", setting.device, "--out", str(path)]
         command += ["--deadline-s", f"{max(1.0, limit_s - ENDING_S):.0f}", *arguments]
-        command += ["--quick"] if setting.quick or setting.rehearse else []
+        if (setting.quick or setting.rehearse) and "--quick" not in arguments:
+            command.append("--quick")
         code = _run(command, setting, limit_s, watch=lambda: watch(Result("cut", "under way", _rows(path))))
         status, note = _ended(code)
         rows = _rows(path)
@@ -185,10 +186,10 @@ def parts(*, rehearse: bool) -> list[Part]:
         Part("versions", 40, versions),
         Part("build", 40, build),
         Part("ceilings", 20, suite("ceilings", "--budget-s", "4")),
-        Part("loss", 230, suite("loss", *(REHEARSED_LOSS if rehearse else LOSS))),
+        Part("loss", 210, suite("loss", *(REHEARSED_LOSS if rehearse else LOSS))),
         Part("tests", 90, tests),
         Part("ring", 50, suite("ring", "--budget-s", "6")),
-        Part("e2e", 50, suite("e2e", "--budget-s", "10")),
+        Part("e2e", 90, suite("e2e", "--quick", "--budget-s", "10")),
     ]
 
 

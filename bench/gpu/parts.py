@@ -17,7 +17,7 @@ from bench.gpu import process
 from bench.model import Row
 from bench.output import read_results
 
-TEST_FOLDERS = ("tests/kernels", "tests/transport", "tests/student")
+TEST_FOLDERS = ("tests/kernels", "tests/transport", "tests/modeling", "tests/student", "tests/launcher")
 ENDING_S = 5.0  # what a suite keeps of its time for the end of its run
 REHEARSAL_SHAPES = {"main": (32, 256, 32, 48), "wide": (32, 256, 32, 64)}
 

@@ -59,8 +59,8 @@ def profiled(step: Callable[[], object]) -> list[Kernel]:
         torch.cuda.synchronize()
     return [
         (event.name, event.time_range.start, event.time_range.end)
-        for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        for event in profile.events() or ()
+        if event.device_type.name == "CUDA"
     ]
 
 

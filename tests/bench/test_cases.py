@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from bench import cli
 from bench.cases import e2e, loss, ring
+from bench.gpu.parts import shape_names
+from bench.gpu.verdict import GOALS
 from bench.output import read_results
 from bench.sweep import Settings, run_case
 
@@ -51,6 +54,7 @@ def test_ring_counts_every_message_and_measures_latency() -> None:
 def test_cases_are_json_and_named_once() -> None:
     cases = [
         *loss.cases(device="cpu", quick=False),
+        *loss.cases(device="cuda", quick=False),
         *ring.cases(quick=False),
         *e2e.cases(device="cpu", quick=False),
     ]
@@ -59,6 +63,15 @@ def test_cases_are_json_and_named_once() -> None:
         assert json.loads(json.dumps(dict(case.params))) == dict(case.params)
         assert any(provider.role == "ours" for provider in case.providers)
         assert len({provider.name for provider in case.providers}) == len(case.providers)
+
+
+def test_the_goals_have_their_cases_on_a_gpu() -> None:
+    names = shape_names(rehearse=False)
+    found = [case.name for case in loss.cases(device="cuda", quick=False)]
+    for goal in json.loads(GOALS.read_text()):
+        if goal["suite"] == "loss":
+            patterns = [goal[key].format_map(names) for key in ("case", "other_case") if key in goal]
+            assert all(fnmatch.filter(found, pattern) for pattern in patterns), goal
 
 
 @pytest.mark.parametrize(

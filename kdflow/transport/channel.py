@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdflow.errors import PeerDied, RingCorrupt, RingTimeout
+from kdflow.transport.cuda_ring import CudaRing
 from kdflow.transport.ring import HiddenRing, ReadSlot, RequestRing
 from kdflow.types import Microbatch
 
@@ -91,6 +92,8 @@ class PendingRows:
     def tensor(self) -> torch.Tensor:
         """(N, H) view into the ring, valid until the block ends; the first call waits for it.
 
+        From a CudaRing it is on the ring's device, complete, for use on the current stream.
+
         Raises:
             PeerDied: the teacher died over it.
             RingTimeout: it took longer than the channel's timeout.
@@ -130,7 +133,7 @@ class HiddenStatesClient:
         timeout_s: longest wait for one answer or for room to ask, seconds.
     """
 
-    def __init__(self, requests: RequestRing, hidden: HiddenRing, *, rank: int, timeout_s: float) -> None:
+    def __init__(self, requests: RequestRing, hidden: HiddenRing | CudaRing, *, rank: int, timeout_s: float) -> None:
         self._requests = requests
         self._hidden = hidden
         self._rank = rank
@@ -165,7 +168,7 @@ class HiddenStatesServer:
         timeout_s: longest wait for a slot, seconds.
     """
 
-    def __init__(self, requests: RequestRing, hidden: dict[int, HiddenRing], *, timeout_s: float) -> None:
+    def __init__(self, requests: RequestRing, hidden: Mapping[int, HiddenRing | CudaRing], *, timeout_s: float) -> None:
         self._requests = requests
         self._hidden = hidden
         self._timeout_s = timeout_s

@@ -242,6 +242,14 @@ int cuStreamGetCtx(void* stream, Context** context) {
   return kSuccess;
 }
 
+int cuStreamQuery(void* stream) {
+  FAIL_IF_INJECTED("cuStreamQuery");
+  Stream* found = resolve(stream);
+  if (found == nullptr) return kInvalidContext;
+  const std::scoped_lock lock(found->mutex);
+  return found->num_open == 0 ? kSuccess : kNotReady;
+}
+
 int cuEventCreate(Event** event, unsigned) {
   FAIL_IF_INJECTED("cuEventCreate");
   if (current.empty()) return kInvalidContext;

@@ -27,7 +27,7 @@ SLOT_BYTES = 4096
 PLACEMENTS = ("device", "pinned")
 NOTHING = dict.fromkeys(("allocations", "opened", "registered", "events", "contexts"), 0)
 NUMBERS = np.arange(24, dtype=np.float32).reshape(4, 6)
-ILLEGAL_ADDRESS = 700
+ILLEGAL_ADDRESS, NOT_READY = 700, 600
 
 
 @contextmanager
@@ -276,7 +276,8 @@ def test_ready_descriptor_tells_of_records() -> None:
 @on_fake_driver
 def test_failed_work_is_told_to_both_sides() -> None:
     with ring_pair("device") as (producer, consumer):
-        fail("cuEventQuery", ILLEGAL_ADDRESS)
+        for call in ("cuStreamQuery", "cuEventQuery"):
+            fail(call, ILLEGAL_ADDRESS)
         with producer.reserve(0) as slot:
             slot.copy_from(FakeArray(NUMBERS))
         text = r"cuEventQuery: CUDA_ERROR_ILLEGAL_ADDRESS \(700\), an illegal memory access was encountered"
@@ -284,7 +285,8 @@ def test_failed_work_is_told_to_both_sides() -> None:
             consumer.receive(0, timeout_s=20)
         with pytest.raises(TransportError, match=rf"hidden\[0\]: ticket 0: the work on its slot failed: {text}"):
             producer.synchronize()
-        fail("cuEventQuery", 0)
+        for call in ("cuStreamQuery", "cuEventQuery"):
+            fail(call, 0)
         producer.synchronize()
 
 
@@ -319,6 +321,7 @@ def test_failed_calls_give_the_slot_up() -> None:
         fail("cuMemcpyAsync", 0)
         with pytest.raises(SlotAborted, match="cuMemcpyAsync"):
             consumer.receive(0, timeout_s=20)
+        fail("cuStreamQuery", NOT_READY)
         fail("cuEventRecord", 1)
         with pytest.raises(TransportError, match="cuEventRecord"), producer.reserve(1) as slot:
             slot.copy_from(source)
@@ -327,6 +330,7 @@ def test_failed_calls_give_the_slot_up() -> None:
         with pytest.raises(SlotAborted, match="the slot was dropped"):
             consumer.receive(1, timeout_s=20)
         fail("cuEventRecord", 0)
+        fail("cuStreamQuery", 0)
 
 
 # --- misuse ---

@@ -68,6 +68,9 @@ class Completer {
     arrived_.notify_one();
   }
 
+  // Whether the thread would have to be woken for the next work.
+  bool asleep() const { return asleep_.load(std::memory_order_relaxed); }
+
   // False: something was still running after the timeout.
   bool drain(std::chrono::nanoseconds timeout) {
     std::unique_lock lock(mutex_);
@@ -182,7 +185,7 @@ class Completer {
   std::list<Work> incoming_;
   std::vector<StreamHandle> busy_;  // the thread's
   std::size_t num_open_ = 0;
-  bool asleep_ = false;
+  std::atomic<bool> asleep_{false};
   std::atomic<bool> stopping_{false};
   std::atomic<bool> has_incoming_{false};
   std::atomic<bool> failed_{false};

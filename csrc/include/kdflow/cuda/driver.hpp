@@ -66,6 +66,7 @@ struct Driver {
   Call<> cuCtxSynchronize{"cuCtxSynchronize"};
   Call<ContextHandle, unsigned> cuCtxEnablePeerAccess{"cuCtxEnablePeerAccess"};
   Call<StreamHandle, ContextHandle*> cuStreamGetCtx{"cuStreamGetCtx"};
+  Call<StreamHandle> cuStreamQuery{"cuStreamQuery"};
   Call<EventHandle*, unsigned> cuEventCreate{"cuEventCreate"};
   Call<EventHandle> cuEventDestroy{"cuEventDestroy_v2"};
   Call<EventHandle, StreamHandle> cuEventRecord{"cuEventRecord"};
@@ -107,7 +108,8 @@ struct Driver {
     visit(cuInit), visit(cuGetErrorName), visit(cuGetErrorString), visit(cuDeviceGetCount), visit(cuDeviceGet);
     visit(cuDeviceGetName), visit(cuDeviceCanAccessPeer), visit(cuDevicePrimaryCtxRetain);
     visit(cuDevicePrimaryCtxRelease), visit(cuCtxSetCurrent), visit(cuCtxPushCurrent), visit(cuCtxPopCurrent);
-    visit(cuCtxSynchronize), visit(cuCtxEnablePeerAccess), visit(cuStreamGetCtx), visit(cuEventCreate);
+    visit(cuCtxSynchronize), visit(cuCtxEnablePeerAccess), visit(cuStreamGetCtx), visit(cuStreamQuery),
+        visit(cuEventCreate);
     visit(cuEventDestroy), visit(cuEventRecord), visit(cuEventQuery), visit(cuMemAlloc), visit(cuMemFree);
     visit(cuMemcpyAsync), visit(cuMemGetAddressRange), visit(cuPointerGetAttribute), visit(cuIpcGetMemHandle);
     visit(cuIpcOpenMemHandle), visit(cuIpcCloseMemHandle), visit(cuMemHostRegister), visit(cuMemHostUnregister);

@@ -136,11 +136,11 @@ def row_kernel(s: Shape, *, fp32: bool, divergences: tuple[str, ...], layouts, r
     item = 4 if fp32 else 2
     chunk = slice(0, rows)
     moved = rows * s.V * (2 * item + 2)
-    for divergence, (lanes, warps, splits, programs) in itertools.product(divergences, layouts):
+    for divergence, (lanes, warps, stages, programs) in itertools.product(divergences, layouts):
         triton_backend.LANES, triton_backend.NUM_WARPS = lanes, warps
-        triton_backend.SPLITS, triton_backend.PROGRAMS_PER_PROCESSOR = splits, programs
+        triton_backend.STAGES, triton_backend.PROGRAMS_PER_PROCESSOR = stages, programs
         name = (
-            f"{divergence} {'fp32' if fp32 else 'bf16'} lanes {lanes} warps {warps} splits {splits} programs {programs}"
+            f"{divergence} {'fp32' if fp32 else 'bf16'} lanes {lanes} warps {warps} stages {stages} programs {programs}"
         )
         try:
             run = triton_backend._Run(problem(s, divergence, rows), GradientNeeds(True, True, False))
@@ -180,7 +180,9 @@ def whole_loss(s: Shape, floor_ms: float, name: str, divergence: str = "forward_
         step()
         peak = (torch.cuda.max_memory_allocated() - held - h.nbytes - w.nbytes) / 2**20
         ms = median_ms(step)
-        say("loss", f"{name} {divergence}", ms, floor_percent=100 * floor_ms / ms, peak_mib=peak)
+        # Steps in a row, as in a training loop, where the host is ahead.
+        in_a_row = median_ms(lambda: [step() for _ in range(4)], repetitions=3) / 4
+        say("loss", f"{name} {divergence}", ms, in_a_row=in_a_row, floor_percent=100 * floor_ms / ms, peak_mib=peak)
     except Exception as error:
         print(f"loss     {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
     finally:
@@ -188,7 +190,7 @@ def whole_loss(s: Shape, floor_ms: float, name: str, divergence: str = "forward_
             setattr(triton_backend, key, value)
 
 
-def profile(s: Shape) -> None:
+def profile(s: Shape, trace: str | None) -> None:
     h, w = s.h.clone().requires_grad_(), s.w.clone().requires_grad_()
 
     def step() -> None:
@@ -196,16 +198,22 @@ def profile(s: Shape) -> None:
         fused_kd_loss(h, w, s.ht, s.wt).loss.backward()
 
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        step()
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as found:
+        for _ in range(4):
+            step()
         torch.cuda.synchronize()
-    print(found.key_averages().table(sort_by="self_device_time_total", row_limit=14, max_name_column_width=90))
+    if trace:
+        found.export_chrome_trace(trace)
+    table = found.key_averages().table(sort_by="self_device_time_total", row_limit=14, max_name_column_width=60)
+    print("\n".join(line[:64] + line[-100:] for line in table.splitlines()))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
     parser.add_argument("--shape", default="8192,151936,2560,2048", metavar="N,V,Hs,Ht")
     parser.add_argument("--out", help="file for the figures as JSON lines")
+    parser.add_argument("--trace", help="file for a Chrome trace of four steps")
     parser.add_argument("--layouts", default="wide", choices=["none", "few", "wide"])
     given = parser.parse_args()
     if not torch.cuda.is_available():
@@ -214,21 +222,23 @@ def main() -> int:
     ceilings()
     s = Shape(given.shape)
     floor_ms = gemms(s)
-    alone = [(lanes, warps, 1, 1) for lanes, warps in ((256, 8), (512, 8), (1024, 8), (512, 16), (1024, 16), (256, 4))]
-    shared = [
-        (lanes, warps, splits, programs)
-        for (lanes, warps, programs), splits in itertools.product(
-            ((512, 16, 2), (512, 8, 2), (512, 8, 4), (256, 8, 4), (1024, 16, 1)), (2, 4, 8)
-        )
-    ]
-    constants = {
-        name: getattr(triton_backend, name) for name in ("LANES", "NUM_WARPS", "SPLITS", "PROGRAMS_PER_PROCESSOR")
-    }
+    names = ("LANES", "NUM_WARPS", "STAGES", "PROGRAMS_PER_PROCESSOR")
+    constants = {name: getattr(triton_backend, name) for name in names}
     if given.layouts != "none":
-        for fp32 in (False, True):
-            row_kernel(s, fp32=fp32, divergences=("forward_kl",), layouts=alone + shared)
-            few = alone[:4] + shared[1::3] if given.layouts == "wide" else alone[:2]
-            row_kernel(s, fp32=fp32, divergences=("jsd",), layouts=few)
+        wide = [
+            (lanes, warps, stages, programs)
+            for lanes, warps, residents in (
+                (512, 8, (1, 2, 4)),
+                (256, 8, (2, 4)),
+                (512, 16, (1, 2)),
+                (1024, 16, (1, 2)),
+            )
+            for stages, programs in itertools.product((1, 3), residents)
+        ]
+        few = [(512, 8, 1, 4), (512, 8, 3, 2), (512, 8, 3, 4), (512, 16, 3, 1), (512, 16, 1, 2), (512, 16, 3, 2)]
+        for fp32, divergence in itertools.product((False, True), ("forward_kl", "jsd")):
+            plain = given.layouts == "wide" and not fp32 and divergence == "forward_kl"
+            row_kernel(s, fp32=fp32, divergences=(divergence,), layouts=wide if plain else few)
     triton_backend.FP32_LOGITS = False
     for key, value in constants.items():
         setattr(triton_backend, key, value)
@@ -236,13 +246,10 @@ def main() -> int:
     whole_loss(s, floor_ms, "as it comes", "jsd")
     whole_loss(s, floor_ms, "as it comes", "reverse_kl")
     whole_loss(s, floor_ms, "fp32 logits", FP32_LOGITS=True)
-    whole_loss(s, floor_ms, "fp32 logits, chunks of 256", FP32_LOGITS=True, CHUNK_ROWS=256)
     whole_loss(s, floor_ms, "fp32 sums of dW", GROUPS_IN_LOW_PRECISION=0)
-    for rows in (256, 1024, 2048):
-        whole_loss(s, floor_ms, f"chunks of {rows}", CHUNK_ROWS=rows)
-    for mib in (512, 1024, 1536, 3072):
-        whole_loss(s, floor_ms, f"logits of {mib} MiB", LOGITS_BYTES=mib * 2**20)
-    profile(s)
+    for chunk, mib in itertools.product((512, 1024, 4096), (640, 768, 1024, 1280)):
+        whole_loss(s, floor_ms, f"chunks of {chunk}, logits of {mib} MiB", CHUNK_ROWS=chunk, LOGITS_BYTES=mib * 2**20)
+    profile(s, given.trace)
     if given.out:
         with open(given.out, "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in RECORDS)

@@ -32,10 +32,10 @@ FLAGS = {
     **{f"{s}_{o}": False for s in ("STUDENT", "TEACHER") for o in ("BIAS", "SCALE", "SOFTCAP")},
 }
 POINTERS = {
-    "teacher_ids": "*i32", "labels": "*i64", "arrivals": "*i32", "student": None, "teacher": None, "gradient": None,
+    "teacher_ids": "*i32", "labels": "*i64", "student": None, "teacher": None, "gradient": None,
     "student_bias": None, "teacher_bias": None,
 }  # fmt: skip
-FP32_POINTERS = ("row_scale", "kd", "ce", "student_entropy", "teacher_entropy", "agreement", "partials")
+FP32_POINTERS = ("row_scale", "kd", "ce", "student_entropy", "teacher_entropy", "agreement")
 INTEGERS = ("student_stride", "teacher_stride", "gradient_stride", "num_rows", "V", "K")
 
 
@@ -51,9 +51,7 @@ class Resources:
         return f"{self.registers:4d} registers {self.shared_bytes:6d} B shared {self.spills:3d} spills  {accesses}"
 
 
-def compile_row_kernel(
-    divergence: str, options: dict[str, bool], *, dtype: str, splits: int, architecture: int
-) -> Resources:
+def compile_row_kernel(divergence: str, options: dict[str, bool], *, dtype: str, architecture: int) -> Resources:
     """Compiles one form of the row kernel as the launcher would have it for a wide row."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -66,13 +64,13 @@ def compile_row_kernel(
     twin = get_divergence(divergence).jit()
     if twin is None:
         raise ValueError(f"{divergence}: has no JIT form")
-    launch = layout(DTYPES[dtype], 152_064, splits)
+    launch = layout(DTYPES[dtype], 152_064, 132)
     constants = {
         "POINTWISE": twin.function,
         "GRADIENT_SUM": twin.gradient_sum,
         "LANES": launch.lanes,
         "WIDTH": launch.width,
-        "SPLITS": launch.splits,
+        "STAGES": launch.stages,
         **FLAGS,
         **options,
     }
@@ -139,12 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
     names = [name for name in list_divergences() if get_divergence(name).jit() is not None]
     spilled = 0
     for architecture, dtype, name in itertools.product(given.arch[-1:] if given.quick else given.arch, DTYPES, names):
-        for option, splits in itertools.product(["plain"] if given.quick else OPTIONS, (1, 8)):
-            if option != "plain" and (name != names[0] or splits > 1):
-                continue
-            found = compile_row_kernel(name, OPTIONS[option], dtype=dtype, splits=splits, architecture=architecture)
+        for option in ["plain"] if given.quick or name != names[0] else OPTIONS:
+            found = compile_row_kernel(name, OPTIONS[option], dtype=dtype, architecture=architecture)
             spilled += found.spills > 0
-            print(f"sm_{architecture} {dtype} {name:18} {option:21} splits {splits}: {found}", flush=True)
+            print(f"sm_{architecture} {dtype} {name:18} {option:21} {found}", flush=True)
     return 1 if spilled else 0
 
 

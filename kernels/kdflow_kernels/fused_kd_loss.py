@@ -130,7 +130,7 @@ def fused_kd_loss(
     num_rows = student_input.shape[0]
     keep = None if shift_labels is None else shift_labels != ignore_index
     accumulate = torch.promote_types(student_input.dtype, torch.float32)
-    num_tokens = torch.tensor(num_rows, device=student_input.device) if keep is None else keep.sum()
+    num_tokens = torch.full((), num_rows, device=student_input.device) if keep is None else keep.sum()
     scale = torch.ones(num_rows, device=student_input.device, dtype=accumulate)
     if row_weight is not None:
         scale = row_weight.detach().to(accumulate)

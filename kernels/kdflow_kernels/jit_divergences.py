@@ -10,6 +10,7 @@ import triton.language as tl
 
 from kdflow_kernels import divergences
 from kdflow_kernels.divergences import Divergence, JITPointwise
+from kdflow_kernels.jit_math import log
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal fp32
 
@@ -17,7 +18,7 @@ TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal fp32
 @triton.jit
 def _log_mixture(share, a, b):
     """log(share a + (1 - share) b)."""
-    return tl.log(tl.maximum(share * a + (1.0 - share) * b, TINY, propagate_nan=tl.PropagateNan.ALL))
+    return log(tl.maximum(share * a + (1.0 - share) * b, TINY, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

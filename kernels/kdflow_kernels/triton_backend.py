@@ -25,9 +25,8 @@ CHUNK_ROWS = 512
 # Of the row kernel; see Launch.
 LANES = 512
 NUM_WARPS = 8
-PROGRAMS_PER_PROCESSOR = 2
-SPLITS: int | None = 1
-CACHE_BYTES = 24 * 2**20
+STAGES = 1
+PROGRAMS_PER_PROCESSOR = 4
 # Up to here the weight's gradient is summed over groups in its own dtype: a handful of roundings, 1.6 times the error of
 # one at four groups. Beyond, in fp32.
 GROUPS_IN_LOW_PRECISION = 6
@@ -77,21 +76,22 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Launch:
-    """How the row kernel is laid out: LANES x WIDTH columns a block, SPLITS programs a row, warps a program."""
+    """How the row kernel is laid out: LANES x WIDTH columns a block, loads in flight, warps and number of programs."""
 
     lanes: int
     width: int
-    splits: int
+    stages: int
     num_warps: int
+    num_programs: int
 
 
-def layout(item_bytes: int, num_columns: int, splits: int = 1) -> Launch:
+def layout(item_bytes: int, num_columns: int, num_processors: int) -> Launch:
     """For rows of num_columns logits of item_bytes: WIDTH logits make 16 bytes, one load of a thread."""
     width = 16 // item_bytes
     lanes = LANES
-    while lanes > 32 and lanes * width * splits >= 2 * num_columns:
+    while lanes > 32 and lanes * width >= 2 * num_columns:
         lanes //= 2
-    return Launch(lanes, width, splits, min(NUM_WARPS, lanes // 32))
+    return Launch(lanes, width, STAGES, min(NUM_WARPS, lanes // 32), PROGRAMS_PER_PROCESSOR * num_processors)
 
 
 def plan_groups(num_rows: int, padded_columns: int, item_bytes: int, hidden_size: int, num_processors: int) -> int:
@@ -138,8 +138,7 @@ class _Run:
         item = self.logits_dtype.itemsize
         teacher = problem.teacher
         items = item if teacher is None else max(item, _logits_dtype(teacher.weight.dtype).itemsize)
-        row_bytes = self.columns * item + (0 if teacher is None else problem.num_compared * items)
-        self.launch = layout(items, self.columns, _splits(row_bytes, self.num_processors))
+        self.launch = layout(items, self.columns, self.num_processors)
         block = self.launch.lanes * self.launch.width
         self.padded = -(-self.columns // block) * block
         self.group_rows = plan_groups(
@@ -186,8 +185,6 @@ class _Run:
             for gradient in (grad_input, grad_weight, grad_bias):
                 if gradient is not None:
                     gradient.mul_(self.unit)
-        if terms.kd is not None:
-            terms = RowTerms(self.kd_parts.sum(-1), *_others(terms))
         return terms, Gradients(grad_input, grad_weight, grad_bias)
 
     @property
@@ -221,11 +218,6 @@ class _Run:
                 self.teacher_ids[problem.student.token_ids] = ids.to(torch.int32)
             width = -(-max(self.padded, self.teacher_columns) // 64) * 64
             self.teacher_logits = logits(self.chunk_rows, width, dtype)
-        splits = self.launch.splits
-        self.kd_parts = torch.empty((self.num_rows, splits), dtype=torch.float32, device=self.device)
-        if splits > 1:
-            self.partials = torch.empty((self.chunk_rows, splits, 12), dtype=torch.float32, device=self.device)
-            self.arrivals = torch.empty(self.chunk_rows, dtype=torch.int32, device=self.device)
 
     def _logits_to_gradients(self, rows: slice, terms: RowTerms) -> None:
         """Leaves dloss/dlogits of a group of rows in self.gradient, where gradients are needed."""
@@ -257,15 +249,9 @@ class _Run:
         problem, student, teacher, launch = self.problem, self.problem.student, self.problem.teacher, self.launch
         num_rows = chunk.stop - chunk.start
         nothing = self.row_scale  # stands for pointers that the kernel does not follow
-        if launch.splits > 1:
-            self.arrivals.zero_()
         twin = self.twin
         kd_gradient = bool(self.needs) and teacher is not None and problem.kd_weight != 0.0
-        grid = (num_rows,)
-        if launch.splits > 1:
-            # Programs of a row wait for one another: no more of them than run at once.
-            at_once = PROGRAMS_PER_PROCESSOR * self.num_processors // launch.splits
-            grid = (min(num_rows, at_once) * launch.splits,)
+        grid = (min(num_rows, launch.num_programs),)
 
         def rows_of(tensor: Tensor | None) -> Tensor:
             return nothing if tensor is None else tensor[chunk]
@@ -283,13 +269,11 @@ class _Run:
                 self.row_scale[chunk],
                 gradient,
                 gradient.stride(0),
-                self.kd_parts[chunk],
+                rows_of(terms.kd),
                 rows_of(terms.ce),
                 rows_of(terms.student_entropy),
                 rows_of(terms.teacher_entropy),
                 rows_of(terms.top1_agreement),
-                self.partials if launch.splits > 1 else nothing,
-                self.arrivals if launch.splits > 1 else nothing,
                 num_rows,
                 self.columns,
                 problem.num_compared,
@@ -314,9 +298,8 @@ class _Run:
                 **_flags("TEACHER", teacher),
                 LANES=launch.lanes,
                 WIDTH=launch.width,
-                SPLITS=launch.splits,
+                STAGES=launch.stages,
                 num_warps=launch.num_warps,
-                launch_cooperative_grid=launch.splits > 1,
             )
 
     def _empty_terms(self) -> RowTerms:
@@ -327,10 +310,6 @@ class _Run:
 
         teacher, labels = self.problem.teacher, self.problem.labels
         return RowTerms(make(teacher), make(labels), make(self.row_scale), make(teacher), make(teacher))
-
-
-def _others(terms: RowTerms) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    return terms.ce, terms.student_entropy, terms.teacher_entropy, terms.top1_agreement
 
 
 def _flags(side: str, head: Head | None) -> dict[str, bool]:
@@ -361,16 +340,6 @@ def _multiply(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False) ->
         out += a.to(out.dtype) @ b.to(out.dtype)
     else:
         out.copy_(a.to(out.dtype) @ b.to(out.dtype))
-
-
-def _splits(row_bytes: int, num_processors: int) -> int:
-    """Programs a row, so that the rows in flight stay in the cache until they are read again."""
-    if SPLITS is not None:
-        return SPLITS
-    splits = 1
-    while splits < 16 and PROGRAMS_PER_PROCESSOR * num_processors // splits * row_bytes > CACHE_BYTES:
-        splits *= 2
-    return splits
 
 
 def _num_processors(device: torch.device) -> int:

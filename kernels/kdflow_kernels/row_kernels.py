@@ -20,7 +20,6 @@ import triton.language as tl
 from kdflow_kernels.jit_math import LN_2, LOG2_E, exp2, log
 
 LOWEST = tl.constexpr(-1e30)  # problem.LOWEST_LOGIT
-MASKED = tl.constexpr(-1e29)  # at and below it a maximum is of masked columns alone
 NO_COLUMN = tl.constexpr(2**30)
 SCALE_BLOCK = tl.constexpr(4096)
 
@@ -97,9 +96,9 @@ def _take_in(x, step, exponent, m, total, moment, best):
     new_m = tl.maximum(m, top)
     shift = (m - new_m) * exponent
     decay = exp2(shift)
-    # A lane of masked columns alone has no reference: nothing near 0 may come out of LOWEST - LOWEST.
-    reference = tl.where(new_m > MASKED, new_m * exponent, 0.0)
-    d = x * exponent - reference[:, None]
+    # Not x exponent - m exponent: in one fused instruction that leaves the rounding of m exponent, which is large where
+    # logits are, and huge where they are masked.
+    d = (x - new_m[:, None]) * exponent
     e = exp2(d)
     moment = decay * (moment + total * shift) + tl.sum(e * d, 1)
     total = decay * total + tl.sum(e, 1)
@@ -108,15 +107,14 @@ def _take_in(x, step, exponent, m, total, moment, best):
 
 @triton.jit
 def _merge(exponent, m, total, moment):
-    """Statistics of all lanes as one: (max, max * exponent, log2 total, entropy in nats)."""
+    """Statistics of all lanes as one: (max, log total, entropy), the latter two in nats."""
     top = tl.max(m, 0)
-    reference = top * exponent
-    shift = tl.where(m > MASKED, m * exponent - reference, 0.0)
+    shift = (m - top) * exponent
     decay = exp2(shift)
     every = tl.sum(decay * total, 0)
     mean = tl.sum(decay * (moment + total * shift), 0) / every
     log_total = log(every)
-    return top, reference, log_total, log_total - mean * LN_2
+    return top, log_total, log_total - mean * LN_2
 
 
 @triton.jit
@@ -182,10 +180,10 @@ def row_kernel(
                 m_t, total_t, moment_t, best_t = _take_in(y, step, exponent, m_t, total_t, moment_t, best_t)
             if OWN_CE:
                 m_z, total_z, moment_z, best_z = _take_in(z, step, LOG2_E, m_z, total_z, moment_z, best_z)
-        top_s, reference_s, log_sum_s, entropy_s = _merge(exponent, m_s, total_s, moment_s)
-        reference_z, log_sum_z = reference_s, log_sum_s
+        top_s, log_sum_s, entropy_s = _merge(exponent, m_s, total_s, moment_s)
+        top_z, log_sum_z = top_s, log_sum_s
         if OWN_CE:
-            _, reference_z, log_sum_z, _ = _merge(LOG2_E, m_z, total_z, moment_z)
+            top_z, log_sum_z, _ = _merge(LOG2_E, m_z, total_z, moment_z)
         tl.store(student_entropy + row, entropy_s)
         label = 0
         if HAS_LABELS:
@@ -194,10 +192,10 @@ def row_kernel(
                 student_row, label, V, student_bias, student_scale, student_softcap,
                 STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP,
             )  # fmt: skip
-            tl.store(ce + row, log_sum_z - (z_label * LOG2_E - reference_z) * LN_2)
-        reference_t, log_sum_t = reference_s, log_sum_s
+            tl.store(ce + row, log_sum_z - (z_label - top_z))
+        top_t, log_sum_t = top_s, log_sum_s
         if HAS_TEACHER:
-            top_t, reference_t, log_sum_t, entropy_t = _merge(exponent, m_t, total_t, moment_t)
+            top_t, log_sum_t, entropy_t = _merge(exponent, m_t, total_t, moment_t)
             tl.store(teacher_entropy + row, entropy_t)
             # Both first choices, exactly, from the WIDTH columns around them.
             near = tl.arange(0, WIDTH)
@@ -238,7 +236,7 @@ def row_kernel(
                     z, teacher_row, columns, V, K, teacher_ids, teacher_bias, teacher_scale, teacher_softcap,
                     PARTIAL, PAIRED, HAS_TEACHER, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
                 )  # fmt: skip
-                d_s, d_t = x * exponent - reference_s, y * exponent - reference_t
+                d_s, d_t = (x - top_s) * exponent, (y - top_t) * exponent
                 p, q = exp2(d_t - log2_sum_t), exp2(d_s - log2_sum_s)
                 f, g = POINTWISE(d_t * LN_2 - log_sum_t, d_s * LN_2 - log_sum_s, p, q, parameter)
                 loss += tl.sum(f, 1)
@@ -262,7 +260,7 @@ def row_kernel(
                         z, teacher_row, columns, V, K, teacher_ids, teacher_bias, teacher_scale, teacher_softcap,
                         PARTIAL, PAIRED, HAS_TEACHER, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
                     )  # fmt: skip
-                    d_s, d_t = x * exponent - reference_s, y * exponent - reference_t
+                    d_s, d_t = (x - top_s) * exponent, (y - top_t) * exponent
                     p, q = exp2(d_t - log2_sum_t), exp2(d_s - log2_sum_s)
                     f, g = POINTWISE(d_t * LN_2 - log_sum_t, d_s * LN_2 - log_sum_s, p, q, parameter)
                     if not SUM_PASS:
@@ -272,7 +270,7 @@ def row_kernel(
                         dz += ce_scale * q
                 if CE_GRADIENT:
                     if OWN_CE or not KD_GRADIENT:
-                        dz += ce_scale * exp2((z * LOG2_E - reference_z) - log2_sum_z)
+                        dz += ce_scale * exp2((z - top_z) * LOG2_E - log2_sum_z)
                     dz -= tl.where(columns == label, ce_scale, 0.0)
                 if STUDENT_SOFTCAP:
                     ratio = z / student_softcap

@@ -19,8 +19,9 @@ del COVERED["hidden_size"]  # means nothing here
 
 
 def check(case: Case, dtype: torch.dtype, *, factor: float = 1.5) -> None:
-    # The GPU's exponentials and logarithms are good to two units in the last place, each.
-    kd_oracle.check_against_oracle(case, dtype, "triton", factor=factor, roundings=8 if dtype == torch.float32 else 2)
+    # The GPU's logarithm is good to 2^-22: 2.4e-6 of a probability's of e^-10. See jit_math.
+    roundings = 2 if dtype != torch.float32 else 32 if DEVICE == "cuda" else 8
+    kd_oracle.check_against_oracle(case, dtype, "triton", factor=factor, roundings=roundings)
 
 
 @pytest.fixture(autouse=True)
@@ -206,29 +207,23 @@ class TestOnTheGPU:
     def small_blocks(self, monkeypatch: pytest.MonkeyPatch):
         """As users have them."""
         monkeypatch.undo()
-
-    @pytest.fixture(params=[1, 2, 8, None], ids=lambda splits: f"splits {splits}")
-    def splits(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(triton_backend, "SPLITS", request.param)
+        torch.cuda.empty_cache()  # workers beside this one need it
 
     @pytest.mark.parametrize("divergence", DIVERGENCES)
-    @pytest.mark.usefixtures("splits")
     def test_every_divergence(self, divergence: str):
         case = bf16_case(700, 50_257, 256, 384, divergence=divergence, ce_weight=0.2, temperature=1.5)
         check(case, torch.bfloat16, factor=3.0 if divergence == "tvd" else 1.5)
 
     @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-    @pytest.mark.usefixtures("splits", "fp32_logits")
+    @pytest.mark.usefixtures("fp32_logits")
     def test_a_wide_vocabulary(self, divergence: str):
         check(bf16_case(600, 151_936, 512, 256, divergence=divergence), torch.bfloat16)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    @pytest.mark.usefixtures("splits")
     def test_other_dtypes(self, dtype: torch.dtype):
         check(bf16_case(300, 32_000, 128, 128, ce_weight=0.5), dtype)
 
     @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-    @pytest.mark.usefixtures("splits")
     def test_the_same_again_is_the_same_to_the_bit(self, divergence: str):
         case = bf16_case(2500, 64_000, 256, 256, divergence=divergence)
         loss, grads = ours(case, torch.bfloat16, "triton")

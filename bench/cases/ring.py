@@ -4,12 +4,14 @@ Throughput: one producer, which copies its own tensor into each record, and one 
 only views it; the floor is a plain copy of the same bytes. Latency: from right before the send to
 the consumer having the record, messages far enough apart that the ring is empty. Idle: CPU time
 burnt while each side waits for one second. Producers: four of them, order checked per producer.
+On a GPU: ring_cuda.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bench.cases import ring_cuda
 from bench.model import Case, Provider
 
 MODULE = "bench.cases.ring_providers"
@@ -32,8 +34,8 @@ COPIES = (
 
 def cases(*, device: str = "cpu", quick: bool, sizes: Sequence[int] = ()) -> list[Case]:
     """Throughput at each size in bytes, then latency, idle and four producers."""
-    if device != "cpu":
-        raise ValueError(f"bench ring --device: expected cpu, got {device!r}; rings on GPUs have no cases yet")
+    if device.startswith("cuda"):
+        return ring_cuda.cases(device=device, quick=quick, sizes=sizes)
     sizes = sizes or (QUICK_SIZES if quick else SIZES)
     total = (64 if quick else 256) * MIB
     found = [

@@ -75,7 +75,7 @@ def transfer_trial(kind: type[Transport], params: Params) -> Trial:
         for command in commands:
             command.send(share)
         for command in commands:
-            _answer(command)
+            answer(command)
 
     def throughput() -> None:
         for command in commands:
@@ -87,7 +87,7 @@ def transfer_trial(kind: type[Transport], params: Params) -> Trial:
             assert count == counts[producer], f"message {count} came, {counts[producer]} was next"
             counts[producer] += 1
         for command in commands:
-            _answer(command)
+            answer(command)
 
     def latency() -> dict[str, float]:
         start = time.perf_counter()
@@ -96,8 +96,8 @@ def transfer_trial(kind: type[Transport], params: Params) -> Trial:
         for _ in range(params["num_messages"]):
             stamp, _number = transport.receive(TIMEOUT_S)
             seconds.append((time.monotonic_ns() - stamp) * 1e-9)
-        _answer(commands[0])
-        return _latencies(seconds, time.perf_counter() - start)
+        answer(commands[0])
+        return latencies(seconds, time.perf_counter() - start)
 
     def idle() -> dict[str, float]:
         start = time.perf_counter()
@@ -106,7 +106,7 @@ def transfer_trial(kind: type[Transport], params: Params) -> Trial:
         time.sleep(1.0)
         for _ in range(share):
             transport.receive(TIMEOUT_S)
-        producer_s = _answer(commands[0])
+        producer_s = answer(commands[0])
         before = time.process_time()
         assert not transport.wait_in_vain(1.0)
         consumer_s = time.process_time() - before
@@ -170,13 +170,13 @@ def produce(
         commands.send(time.process_time() - begin)
 
 
-def _answer(command: Connection) -> float:
-    if not command.poll(TIMEOUT_S):
-        raise TimeoutError(f"a producer gave no answer within {TIMEOUT_S:.0f} s")
+def answer(command: Connection, timeout_s: float = TIMEOUT_S) -> float:
+    if not command.poll(timeout_s):
+        raise TimeoutError(f"a producer gave no answer within {timeout_s:.0f} s")
     return command.recv()
 
 
-def _latencies(seconds: list[float], wall_s: float) -> dict[str, float]:
+def latencies(seconds: list[float], wall_s: float) -> dict[str, float]:
     return {
         "seconds": quantile(seconds, 0.5),
         "p50_us": 1e6 * quantile(seconds, 0.5),
@@ -231,7 +231,7 @@ def ray_objects(params: Params) -> Trial:
             time.sleep(PACE_S)
             stamp = receive_one(producer.produce.remote(number), number)
             seconds.append((time.monotonic_ns() - stamp) * 1e-9)
-        return _latencies(seconds, time.perf_counter() - start)
+        return latencies(seconds, time.perf_counter() - start)
 
     receive_one(producer.produce.remote(0), 0)  # waits until the actor has started
     step = {"throughput": throughput, "latency": latency}[params["mode"]]

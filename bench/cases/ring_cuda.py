@@ -1,0 +1,81 @@
+"""The cases of ``bench ring --device cuda``: records from GPU memory to GPU memory, process to process.
+
+Device ring: the floor is a copy on the device; the consumer only looks, as the slot is its own memory. Pinned ring:
+the floor is both PCIe copies, overlapped; the consumer's copy back to the device is part of the job. Beside them
+torch.multiprocessing's CUDA tensors and the original path: device, host, socket, numpy, device. Latency: from right
+before the copy is enqueued to the consumer having a record that its stream may use. What decides comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.model import Case, Provider
+
+MODULE = "bench.cases.ring_cuda_providers"
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+SIZES = (16 * MIB, 64 * MIB, 4 * MIB, MIB)
+QUICK_SIZES = (16 * MIB,)
+MAX_MESSAGES = 4096
+
+OURS = {
+    "device": Provider("kdflow device ring", f"{MODULE}:device_ring", "ours"),
+    "pinned": Provider("kdflow pinned ring", f"{MODULE}:pinned_ring", "ours"),
+}
+FLOORS = {
+    "device": Provider("device copy", f"{MODULE}:device_copy", "floor"),
+    "pinned": Provider("PCIe copies", f"{MODULE}:pcie_copies", "floor"),
+}
+PEERS = (
+    Provider("torch.multiprocessing", f"{MODULE}:torch_multiprocessing"),
+    Provider("original path", f"{MODULE}:original_path"),
+)
+# Of a repetition: enough for the time to begin and end not to count.
+AMOUNTS = {"device": 16 * GIB, "pinned": 4 * GIB}
+
+
+def cases(*, device: str, quick: bool, sizes: Sequence[int] = ()) -> list[Case]:
+    """Throughput at 16 MiB and latency of both rings, then the other sizes, then CPU time at rest."""
+    first, *others = sizes or (QUICK_SIZES if quick else SIZES)
+    found = [
+        _throughput("device", first, device),
+        _latency("device", device, quick=quick),
+        _throughput("pinned", first, device),
+        _latency("pinned", device, quick=quick),
+    ]
+    found += [_throughput(placement, size, device) for size in others for placement in OURS]
+    if not quick:
+        found.append(_case("device ring, CPU time of 1 s idle on each side", "idle", MIB, device, (OURS["device"],)))
+    return found
+
+
+def _throughput(placement: str, message_bytes: int, device: str) -> Case:
+    num_messages = min(MAX_MESSAGES, AMOUNTS[placement] // message_bytes)
+    size = f"{message_bytes // MIB} MiB" if message_bytes >= MIB else f"{message_bytes // KIB} KiB"
+    providers = (FLOORS[placement], OURS[placement], *PEERS)
+    return _case(f"{placement} ring, {size}", "throughput", message_bytes, device, providers, num_messages)
+
+
+def _latency(placement: str, device: str, *, quick: bool) -> Case:
+    providers = (OURS[placement], *PEERS)
+    return _case(f"{placement} ring, latency 64 KiB", "latency", 64 * KIB, device, providers, 200 if quick else 1000)
+
+
+def _case(
+    name: str, mode: str, message_bytes: int, device: str, providers: tuple[Provider, ...], num_messages: int = 0
+) -> Case:
+    return Case(
+        suite="ring",
+        name=name,
+        params={
+            "mode": mode,
+            "message_bytes": message_bytes,
+            "num_messages": num_messages,
+            "num_slots": 8,
+            "device": device,
+        },
+        providers=providers,
+        work=float(num_messages * message_bytes) if mode == "throughput" else 0.0,
+        unit="byte" if mode == "throughput" else "wait",
+        measures_memory=False,
+    )

@@ -1,0 +1,191 @@
+"""What ``bench ring --device cuda`` runs: the worker is the consumer, its producer a process of its own.
+
+Both use the same GPU. The last message of each repetition is compared with what was sent, after the clock has
+stopped.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from bench.cases.ring_cuda_transports import (
+    CudaRingTransport,
+    CudaTransport,
+    OriginalPath,
+    PinnedRingTransport,
+    TorchCudaQueue,
+)
+from bench.cases.ring_providers import PACE_S, TIMEOUT_S, answer, latencies
+from bench.model import Trial
+
+Params = Mapping[str, Any]
+START_S = 120.0  # until the producer has imported torch and opened the device
+
+
+def device_ring(params: Params) -> Trial:
+    return transfer_trial(CudaRingTransport, params)
+
+
+def pinned_ring(params: Params) -> Trial:
+    return transfer_trial(PinnedRingTransport, params)
+
+
+def torch_multiprocessing(params: Params) -> Trial:
+    return transfer_trial(TorchCudaQueue, params)
+
+
+def original_path(params: Params) -> Trial:
+    return transfer_trial(OriginalPath, params)
+
+
+def make_message(params: Params) -> torch.Tensor:
+    return torch.arange(params["message_bytes"] // 8, device=params["device"])
+
+
+def transfer_trial(kind: type[CudaTransport], params: Params) -> Trial:
+    """Start the producer of a transport and time what its consumer gets from it."""
+    transport = kind(params)
+    context = multiprocessing.get_context("spawn")
+    command, theirs = context.Pipe()
+    process = context.Process(target=produce, args=(kind, transport.endpoint, params, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    transport.open()
+    message, kept = make_message(params), make_message(params)
+    share = transport.share if params["mode"] == "throughput" else 1.0
+    count = params["num_slots"] + 1 if params["mode"] == "idle" else max(8, round(share * params["num_messages"]))
+    received = 0
+    answer(command, START_S)
+
+    def receive_all(each: Callable[[int], None] = lambda _stamp: None) -> None:
+        nonlocal received
+        for left in reversed(range(count)):
+            each(transport.receive(received, TIMEOUT_S, keep=None if left else kept))
+            received += 1
+        transport.finish()
+
+    def prepare() -> None:
+        kept.zero_()
+        torch.cuda.synchronize()
+
+    def verify() -> None:
+        torch.cuda.synchronize()
+        assert torch.equal(kept, message), "the last message is not the one that was sent"
+
+    def throughput() -> dict[str, float]:
+        start, cpu = time.perf_counter(), time.process_time()
+        command.send((count, 0.0))
+        receive_all()
+        seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
+        producer_cpu_s = answer(command, TIMEOUT_S)
+        verify()
+        scale = params["num_messages"] / count
+        return {
+            "seconds": seconds * scale,
+            "wall_s": seconds,
+            "consumer_cpu_s": cpu_s * scale,
+            "producer_cpu_s": producer_cpu_s * scale,
+        }
+
+    def latency() -> dict[str, float]:
+        seconds: list[float] = []
+        start = time.perf_counter()
+        command.send((count, PACE_S))
+        receive_all(lambda stamp: seconds.append((time.monotonic_ns() - stamp) * 1e-9))
+        answer(command, TIMEOUT_S)
+        wall_s = time.perf_counter() - start
+        verify()
+        return latencies(seconds, wall_s)
+
+    def idle() -> dict[str, float]:
+        assert isinstance(transport, CudaRingTransport)
+        start = time.perf_counter()
+        # The producer fills every slot and waits for a free one, then the consumer for a message.
+        command.send((count, 0.0))
+        time.sleep(1.0)
+        receive_all()
+        producer_s = answer(command, TIMEOUT_S)
+        before = time.process_time()
+        assert not transport.wait_in_vain(received, 1.0)
+        consumer_s = time.process_time() - before
+        return {
+            "seconds": producer_s + consumer_s,
+            "producer_s": producer_s,
+            "consumer_s": consumer_s,
+            "wall_s": time.perf_counter() - start,
+        }
+
+    def close() -> None:
+        command.close()
+        process.join(timeout=5)
+        if process.is_alive():
+            process.kill()
+        transport.close()
+
+    steps: dict[str, Callable[[], dict[str, float]]] = {"throughput": throughput, "latency": latency, "idle": idle}
+    return Trial(steps[params["mode"]], prepare=prepare, close=close, note=transport.note)
+
+
+def produce(kind: type[CudaTransport], endpoint: Any, params: Params, commands: Connection) -> None:
+    """The producer process: told a count and a pace it sends, and answers with its CPU seconds since. Ends when the
+    consumer is gone."""
+    message = make_message(params)
+    torch.cuda.synchronize()
+    sender = kind.sender(endpoint, params)
+    commands.send(0.0)
+    number = 0
+    while True:
+        try:
+            count, pace_s = commands.recv()
+        except EOFError:
+            return
+        begin = time.process_time()
+        for _ in range(count):
+            if pace_s:
+                time.sleep(pace_s)
+            sender.send(message, number, time.monotonic_ns())
+            number += 1
+        sender.finish()
+        commands.send(time.process_time() - begin)
+
+
+def device_copy(params: Params) -> Trial:
+    """Copies on the device from one tensor into the slots in turn."""
+    source = make_message(params)
+    slots = [torch.empty_like(source) for _ in range(params["num_slots"])]
+
+    def step() -> None:
+        for number in range(params["num_messages"]):
+            slots[number % len(slots)].copy_(source)
+
+    return Trial(step)
+
+
+def pcie_copies(params: Params) -> Trial:
+    """Device to pinned host and back to the device, each message's way back beside the next one's way out."""
+    source = make_message(params)
+    slots = [torch.empty(source.shape, dtype=source.dtype, pin_memory=True) for _ in range(params["num_slots"])]
+    targets = [torch.empty_like(source) for _ in range(2)]
+    out, back = torch.cuda.Stream(), torch.cuda.Stream()
+    written = [torch.cuda.Event() for _ in slots]
+    read = [torch.cuda.Event() for _ in slots]
+
+    def step() -> None:
+        for number in range(params["num_messages"]):
+            slot = number % len(slots)
+            with torch.cuda.stream(out):
+                out.wait_event(read[slot])
+                slots[slot].copy_(source, non_blocking=True)
+                written[slot].record()
+            with torch.cuda.stream(back):
+                back.wait_event(written[slot])
+                targets[number % len(targets)].copy_(slots[slot], non_blocking=True)
+                read[slot].record()
+
+    return Trial(step)

@@ -9,14 +9,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.cases.e2e_gpu_memory import GpuSampler
+from bench.cases.e2e_models import model_folders
 from bench.client import ROOT
-from bench.memory import TreeSampler
+from bench.memory import TreeSampler, process_tree
 from bench.model import UnavailableError
 from kdflow.config import RunConfig, load_config
 from kdflow.data import Step, load_datasets, training_steps
@@ -34,7 +37,9 @@ def run_overrides(params: Params, output_dir: str, *, num_tail_steps: int = 0) -
     Only a teacher that runs ahead needs a tail of steps after the measured ones.
     """
     total = params["num_warm_up_steps"] + params["num_measured_steps"] + num_tail_steps
+    folders = model_folders(params["models"]) if params["models"] else {}
     return [
+        *(f"--{role}.model={folder}" for role, folder in folders.items()),
         *params["overrides"],
         f"--output_dir={output_dir}",
         f"--training.num_steps={total}",
@@ -58,6 +63,7 @@ class Job:
     dtype: torch.dtype
     num_warm_up: int
     num_measured: int
+    peer_batch_size: int
 
     @property
     def measured_steps(self) -> Sequence[Step]:
@@ -71,6 +77,12 @@ class Job:
     def samples_of(self, step: Step) -> list[Sample]:
         ids = sorted(i for microbatch in step.microbatches for i in microbatch.sample_ids)
         return [self.samples[i] for i in ids]
+
+    def batches_of(self, step: Step) -> list[list[Sample]]:
+        """The step's samples in the batches of those who pad."""
+        samples = self.samples_of(step)
+        size = self.peer_batch_size or len(samples)
+        return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
 def load_job(params: Params) -> Job:
@@ -96,6 +108,7 @@ def load_job(params: Params) -> Job:
         dtype=resolve_dtype(config.student.compute_dtype, resolve_device(config.student.device)),
         num_warm_up=params["num_warm_up_steps"],
         num_measured=params["num_measured_steps"],
+        peer_batch_size=params["peer_batch_size"],
     )
 
 
@@ -104,34 +117,75 @@ def measured_run(params: Params, job: Job, command: Callable[[str], Sequence[str
 
     The time runs from the end of the last warm-up step to the end of the last measured one. The
     memory is the highest sum of the private memory of all processes of the run up to that moment;
-    what comes after it (the tail, exporting the model) is in ``whole_run_mib``.
+    what comes after it (the tail, exporting the model) is in ``whole_run_mib``. On CUDA it is that
+    of the GPU, and the processes' own is in ``host_mib``. Of what only kdflow writes there are the
+    shares of the time in which the student's device stood still for want of teacher rows, and in
+    which teachers prefilled.
     """
+    kind, _, index = params["device"].partition(":")
     env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
+    end = job.num_warm_up + job.num_measured
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        log = stack.enter_context(tempfile.TemporaryFile())
+        gpu = stack.enter_context(GpuSampler(int(index or 0))) if kind == "cuda" else None
         process = subprocess.Popen(command(folder), cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+        host = stack.enter_context(TreeSampler(process.pid))
         try:
-            with TreeSampler(process.pid) as sampler:
-                process.wait(timeout=TIMEOUT_S)
+            _wait(process, folder, num_steps=end if params["stop_when_measured"] else None)
         finally:
-            process.kill()
-            process.wait()
-        if process.returncode != 0:
+            _end(process)
+        records = _records(folder)
+        if len(records) < end:
             log.seek(0)
             raise RuntimeError(_failure(log.read().decode(errors="replace"), process.returncode))
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    records = [record for line in lines if (record := json.loads(line))["kind"] == "train"]
-    first, last = records[job.num_warm_up - 1], records[job.num_warm_up + job.num_measured - 1]
+    first, last = records[job.num_warm_up - 1], records[end - 1]
     seconds = last["time"] - first["time"]
-    return {
+    memory = gpu or host
+    measures = {
         "seconds": seconds,
         "work": float(job.num_tokens),
-        "peak_mib": sampler.peak_until(last["time"]),
-        "whole_run_mib": sampler.peak_until(float("inf")),
+        "peak_mib": memory.peak_until(last["time"]),
+        "whole_run_mib": memory.peak_until(float("inf")),
+        "host_mib": host.peak_until(last["time"]),
         "first_loss": records[0]["loss"],
         "last_loss": last["loss"],
         "wall_s": time.perf_counter() - begin,
     }
+    measured = records[job.num_warm_up : end]
+    if "teacher_wait_s" in last:
+        measures["wait_share"] = sum(m["teacher_wait_s"] for m in measured) / seconds
+        measures["prefill_share"] = sum(m["num_tokens"] / m["teacher_tokens_per_s"] for m in measured) / seconds
+    return measures
+
+
+def _wait(process: subprocess.Popen[bytes], folder: str, *, num_steps: int | None) -> None:
+    """Until the process ends, or has done ``num_steps``. A failure shows in what it left behind."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while process.poll() is None and (num_steps is None or len(_records(folder)) < num_steps):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the run took longer than {TIMEOUT_S:.0f} s")
+        time.sleep(0.1)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With its children, whose GPU memory the next one needs."""
+    running = process.poll() is None
+    tree = process_tree(process.pid) if running else []
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 15.0
+    while any(Path(f"/proc/{pid}").exists() for pid in tree) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _records(folder: str) -> list[dict[str, Any]]:
+    """Lines of finished steps; one that is being written is not there yet."""
+    path = Path(folder, "metrics.jsonl")
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in found if record["kind"] == "train"]
 
 
 def python(*arguments: str) -> list[str]:

@@ -69,24 +69,27 @@ def eager(job: Job, folder: Path) -> None:
     )
     lines = Lines(folder)
     for step in job.steps:
-        batch = {k: v.to(device) for k, v in collate(job.samples_of(step), pad_token_id).items()}
-        rows = batch["labels"][:, 1:] != IGNORE
-        model_inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        with torch.no_grad():
-            log_p = F.log_softmax(teacher(**model_inputs).logits[:, :-1][rows].float(), dim=-1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=job.dtype == torch.bfloat16):
-            student_logits = student(**model_inputs).logits
-        log_q = F.log_softmax(student_logits[:, :-1][rows].float(), dim=-1)
-        loss = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-        loss.backward()
+        total = torch.zeros((), device=device)
+        for samples in job.batches_of(step):
+            batch = {k: v.to(device) for k, v in collate(samples, pad_token_id).items()}
+            rows = batch["labels"][:, 1:] != IGNORE
+            model_inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            with torch.no_grad():
+                log_p = F.log_softmax(teacher(**model_inputs).logits[:, :-1][rows].float(), dim=-1)
+            with torch.autocast(device.type, torch.bfloat16, enabled=job.dtype == torch.bfloat16):
+                student_logits = student(**model_inputs).logits
+            log_q = F.log_softmax(student_logits[:, :-1][rows].float(), dim=-1)
+            loss = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / step.num_loss_tokens
+            loss.backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(student.parameters(), options.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        lines.write(step.index + 1, loss.item())
+        lines.write(step.index + 1, total.item())
 
 
 def trl(job: Job, folder: Path) -> None:
-    run_gkd(job, folder, batch_size=job.config.training.samples_per_step)
+    run_gkd(job, folder, batch_size=job.peer_batch_size or job.config.training.samples_per_step)
 
 
 def trl_one_by_one(job: Job, folder: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.cases.e2e_job import Job, Params, load_job, measured_run, python, run_overrides
 from bench.model import Trial
+from bench.timing import time_step
+from kdflow.data import Step
 
 PEERS = "bench.cases.e2e_peers"
 
@@ -31,7 +35,7 @@ def eager(params: Params) -> Trial:
 
 
 def trl(params: Params) -> Trial:
-    """A whole step as one padded batch."""
+    """A step as one padded batch, or as a few where the case says so."""
     __import__("trl.experimental.gkd")
     return _peer("trl", params)
 
@@ -64,19 +68,28 @@ def gemms(params: Params) -> Trial:
     """
     job = load_job(params)
     device = torch.device(params["device"])
-    teacher = _Linears(job.config.teacher.model, job.dtype, device)
-    student = _Linears(job.config.student.model, job.dtype, device)
 
     @torch.no_grad()
-    def step() -> dict[str, float]:
-        for training_step in job.measured_steps:
-            for microbatch in training_step.microbatches:
+    def measure() -> dict[str, float]:
+        teacher = _Linears(job.config.teacher.model, job.dtype, device)
+        student = _Linears(job.config.student.model, job.dtype, device)
+
+        def multiply(steps: Sequence[Step]) -> None:
+            for microbatch in (m for step in steps for m in step.microbatches):
                 teacher.forward(microbatch.num_tokens, microbatch.num_loss_tokens)
                 student.forward(microbatch.num_tokens, microbatch.num_loss_tokens)
                 student.backward(microbatch.num_tokens, microbatch.num_loss_tokens)
-        return {"work": float(job.num_tokens)}
 
-    step()
+        multiply(job.steps[:1])
+        return time_step(lambda: multiply(job.measured_steps), device=params["device"])
+
+    def step() -> dict[str, float]:
+        begin = time.perf_counter()
+        measured = measure()
+        if device.type == "cuda":  # the other providers need the memory until the next repetition
+            torch.cuda.empty_cache()
+        return {**measured, "work": float(job.num_tokens), "wall_s": time.perf_counter() - begin}
+
     return Trial(step, note=_dtype_note(job))
 
 
@@ -84,8 +97,6 @@ class _Linears:
     """The weights of a model's linear layers, and buffers for their products."""
 
     def __init__(self, model: str, dtype: torch.dtype, device: torch.device):
-        from pathlib import Path
-
         config = AutoConfig.from_pretrained(str(Path(model).expanduser()))
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
@@ -93,12 +104,12 @@ class _Linears:
         shapes = [m.weight.shape for m in skeleton.modules() if isinstance(m, torch.nn.Linear) and m is not head]
 
         def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, device=device).to(dtype)
+            return torch.randn(*shape, device=device, dtype=dtype)
 
         self._weights = [normal(*shape) for shape in shapes]
         self._head = normal(*head.weight.shape)
-        self._make: Callable[..., torch.Tensor] = normal
-        self._buffers: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._make: Callable[[int], torch.Tensor] = normal
+        self._buffers: dict[str, torch.Tensor] = {}
 
     def forward(self, tokens: int, rows: int) -> None:
         for weight, count in self._products(tokens, rows):
@@ -116,7 +127,7 @@ class _Linears:
         return [*((weight, tokens) for weight in self._weights), (self._head, rows)]
 
     def _buffer(self, name: str, rows: int, columns: int) -> torch.Tensor:
-        key = (name, rows, columns)
-        if key not in self._buffers:
-            self._buffers[key] = self._make(rows, columns)
-        return self._buffers[key]
+        numbers = rows * columns
+        if name not in self._buffers or self._buffers[name].numel() < numbers:
+            self._buffers[name] = self._make(numbers)
+        return self._buffers[name][:numbers].view(rows, columns)

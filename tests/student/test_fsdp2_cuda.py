@@ -45,7 +45,7 @@ def one_step(folder: Path, model: str, device: torch.device, compute_dtype: str)
             )
             loss += output.loss.detach()
         named = list(student.model.named_parameters())
-        gradients = {n: p.grad.full_tensor().float().cpu() for n, p in named if p.grad is not None}
+        gradients = {n: p.grad.full_tensor().float().cpu().clone() for n, p in named if p.grad is not None}
         norm, _ = student.optimizer_step(1)
         weights = {n: p.full_tensor().detach().cpu() for n, p in named}
         return loss.item(), norm.item(), gradients, weights

@@ -161,13 +161,16 @@ class TransportConfig:
         num_slots: Microbatches in flight: how far the teacher may run ahead.
         timeout_s: Longest wait for the other side, seconds.
         start_timeout_s: Longest wait for a teacher to load, seconds.
-        checksum: Check each record with crc32c.
+        checksum: Check each record with crc32c; host slots alone have it.
+        placement: Where slots lie: device is the memory of the student's GPU, pinned is host memory that GPUs copy from
+            and to by themselves; auto takes what the GPUs of both sides can reach.
     """
 
     num_slots: int = 4
     timeout_s: float = 300.0
     start_timeout_s: float = 600.0
     checksum: bool = False
+    placement: Literal["auto", "host", "pinned", "device"] = "auto"
 
 
 @dataclass(frozen=True)

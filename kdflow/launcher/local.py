@@ -13,9 +13,9 @@ from kdflow.errors import TransportError
 from kdflow.launcher.prepare import open_output, prepare
 from kdflow.launcher.rank import RankSpec, run_rank
 from kdflow.launcher.teachers import TeacherProcess
-from kdflow.modeling import hide_progress_bars
+from kdflow.modeling import hide_progress_bars, resolve_device
 from kdflow.teacher.worker import WorkerSpec
-from kdflow.transport import HiddenRing, RequestRing, request_bytes
+from kdflow.transport import RequestRing, choose_hidden_ring, create_hidden_ring, request_bytes
 
 
 def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
@@ -36,6 +36,9 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
         say(f"held out: {prepared.held_out.report}")
     teacher_threads, student_threads = share_threads(config)
     num_ranks, transport = config.student.num_ranks, config.transport
+    choice = choose_hidden_ring(transport, gpu_pairs(config))
+    if choice.kind != "host":
+        say(f"ring: {choice.kind} slots ({choice.reason})")
     with ExitStack() as stack:
         requests = stack.enter_context(
             RequestRing.create(
@@ -46,12 +49,7 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
         )
         hidden = [
             stack.enter_context(
-                HiddenRing.create(
-                    name=f"hidden[{rank}]",
-                    num_slots=transport.num_slots,
-                    slot_bytes=prepared.slot_bytes,
-                    checksum=transport.checksum,
-                )
+                create_hidden_ring(choice, transport, name=f"hidden[{rank}]", slot_bytes=prepared.slot_bytes)
             )
             for rank in range(num_ranks)
         ]
@@ -61,11 +59,11 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
                 TeacherProcess(
                     WorkerSpec(
                         teacher=config.teacher,
-                        # Behind the student's GPUs, as far as there are more.
-                        gpu=num_ranks + worker,
+                        gpu=teacher_gpu(config, worker),
                         num_threads=teacher_threads,
                         requests=requests.handle,
                         hidden=handles,
+                        placement=choice.kind,
                         timeout_s=transport.timeout_s,
                         ready_fd=-1,
                     ),
@@ -74,14 +72,22 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
             )
             for worker in range(config.teacher.num_workers)
         ]
-        for teacher in teachers:
-            teacher.wait_ready(transport.start_timeout_s)
-        spec = RankSpec(config, str(folder), student_threads, requests.handle, handles)
+
+        def wait_for_teachers() -> None:
+            for teacher in teachers:
+                teacher.wait_ready(transport.start_timeout_s)
+
+        spec = RankSpec(config, str(folder), student_threads, requests.handle, handles, choice.kind)
         try:
-            finished = run_rank(spec, prepared) if num_ranks == 1 else _run_ranks(spec)
+            if num_ranks == 1:  # both sides load at the same time
+                finished = run_rank(spec, prepared, before_training=wait_for_teachers)
+            else:
+                wait_for_teachers()
+                finished = _run_ranks(spec)
         except TransportError:
             for teacher in teachers:
-                teacher.check()
+                if teacher.exit_code:  # 0 is that of one whose students have gone
+                    teacher.check()
             raise
     say(f"model: {folder / 'model'}" if finished else _how_to_go_on(folder))
     return finished
@@ -109,6 +115,21 @@ def _run_ranks(spec: RankSpec) -> bool:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise TransportError(f"student rank {rank} failed: {failure.message}") from error
+
+
+def teacher_gpu(config: RunConfig, worker: int) -> int:
+    """Behind the student's GPUs, as far as there are more."""
+    return config.student.num_ranks + worker
+
+
+def gpu_pairs(config: RunConfig) -> list[tuple[int | None, int | None]]:
+    """GPU of teacher worker and of student rank, None for a CPU, for all that talk to one another."""
+    teachers = [
+        resolve_device(config.teacher.device, teacher_gpu(config, worker)).index
+        for worker in range(config.teacher.num_workers)
+    ]
+    students = [resolve_device(config.student.device, rank).index for rank in range(config.student.num_ranks)]
+    return [(teacher, student) for teacher in teachers for student in students]
 
 
 def share_threads(config: RunConfig) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +21,7 @@ from kdflow.modeling import hide_progress_bars, load_lm_head, resolve_device, re
 from kdflow.observe import Progress, Recorder
 from kdflow.student import CheckpointStore, FSDP2Student, export_model
 from kdflow.training import Observer, Trainer, plan
-from kdflow.transport import HiddenRing, HiddenStatesClient, RequestRing
+from kdflow.transport import HiddenStatesClient, RequestRing, attach_hidden_ring
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class RankSpec:
         num_threads: CPU threads of each rank.
         requests: handle of the request ring.
         hidden: handles of the data rings, by rank.
+        placement: where their slots lie.
     """
 
     config: RunConfig
@@ -40,6 +41,7 @@ class RankSpec:
     num_threads: int
     requests: str
     hidden: list[str]
+    placement: str
 
 
 class StopRequest:
@@ -83,11 +85,14 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[int]:
         dist.destroy_process_group()
 
 
-def run_rank(spec: RankSpec, prepared: Prepared | None = None) -> bool:
+def run_rank(
+    spec: RankSpec, prepared: Prepared | None = None, *, before_training: Callable[[], None] = lambda: None
+) -> bool:
     """Trains, saves and exports; False where it was asked to stop before the end.
 
     Args:
         prepared: of the launcher, where the rank lives in its process; prepared here otherwise.
+        before_training: called once the student is loaded.
     """
     config, folder = spec.config, Path(spec.folder)
     torch.set_num_threads(spec.num_threads)
@@ -106,9 +111,10 @@ def run_rank(spec: RankSpec, prepared: Prepared | None = None) -> bool:
         num_steps_done = 0
         if config.resume and checkpoints.newest() is not None:
             num_steps_done = checkpoints.load(student)
+        before_training()
         trainer = Trainer(
             student,
-            _attach(spec, rank, stack),
+            _attach(spec, rank, device, stack),
             device=device,
             observers=_observers(config, folder, num_steps_done, stack) if rank == 0 else [],
             save=lambda done: checkpoints.save(student, done),
@@ -143,13 +149,13 @@ def _load_student(prepared: Prepared, device: torch.device) -> FSDP2Student:
     )
 
 
-def _attach(spec: RankSpec, rank: int, stack: ExitStack) -> HiddenStatesClient:
-    return HiddenStatesClient(
-        stack.enter_context(RequestRing.attach(spec.requests, role="producer")),
-        stack.enter_context(HiddenRing.attach(spec.hidden[rank], role="consumer")),
-        rank=rank,
-        timeout_s=spec.config.transport.timeout_s,
-    )
+def _attach(spec: RankSpec, rank: int, device: torch.device, stack: ExitStack) -> HiddenStatesClient:
+    # Left in the opposite order: teachers go when there is nobody to ask any more, and slots on a
+    # GPU are freed when they have gone.
+    hidden = attach_hidden_ring(spec.hidden[rank], placement=spec.placement, role="consumer", device=device)
+    stack.enter_context(hidden)
+    requests = stack.enter_context(RequestRing.attach(spec.requests, role="producer"))
+    return HiddenStatesClient(requests, hidden, rank=rank, timeout_s=spec.config.transport.timeout_s)
 
 
 def _observers(config: RunConfig, folder: Path, num_steps_done: int, stack: ExitStack) -> list[Observer]:

@@ -46,6 +46,10 @@ class TeacherProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
     def wait_ready(self, timeout_s: float) -> dict[str, object]:
         """What the worker announced once its model was loaded.
 

@@ -10,7 +10,7 @@ import torch
 import transformers.utils.logging as transformers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from kdflow.errors import ConfigError
@@ -63,22 +63,31 @@ def load_causal_lm(model: str, dtype: torch.dtype) -> Any:
     """The model on the CPU, in eval mode, ready for packed samples.
 
     Raises:
-        ConfigError: no such model.
+        ConfigError: no such model, or weights that cannot be read.
     """
-    load_model_config(model)
-    return AutoModelForCausalLM.from_pretrained(
-        _source(model), dtype=dtype, attn_implementation=PACKED_ATTENTION
-    ).eval()
+    return _load(AutoModelForCausalLM, model, dtype)
 
 
 def load_decoder(model: str, dtype: torch.dtype) -> Any:
     """The model below its head, on the CPU, in eval mode, ready for packed samples.
 
     Raises:
-        ConfigError: no such model.
+        ConfigError: no such model, or weights that cannot be read.
     """
+    return _load(AutoModel, model, dtype)
+
+
+def _load(auto_class: Any, model: str, dtype: torch.dtype) -> Any:
     load_model_config(model)
-    return AutoModel.from_pretrained(_source(model), dtype=dtype, attn_implementation=PACKED_ATTENTION).eval()
+    try:
+        loaded = auto_class.from_pretrained(_source(model), dtype=dtype, attn_implementation=PACKED_ATTENTION)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(model, error) from None
+    return loaded.eval()
+
+
+def _unreadable(model: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{model}: its weights cannot be read ({str(error).splitlines()[0]}); fetch or save them again")
 
 
 def load_lm_head(model: str, dtype: torch.dtype) -> LMHead:
@@ -87,8 +96,15 @@ def load_lm_head(model: str, dtype: torch.dtype) -> LMHead:
     Tied heads are read from the embeddings.
 
     Raises:
-        ConfigError: no safetensors, or no tensor that looks like a head.
+        ConfigError: no safetensors, damaged ones, or no tensor that looks like a head.
     """
+    try:
+        return _read_lm_head(model, dtype)
+    except SafetensorError as error:
+        raise _unreadable(model, error) from None
+
+
+def _read_lm_head(model: str, dtype: torch.dtype) -> LMHead:
     config = load_model_config(model)
     files = _tensor_files(_source(model))
     prefix = next((n for n in _HEAD_NAMES if f"{n}.weight" in files), None)

@@ -12,8 +12,8 @@ TeacherRows = Callable[[], torch.Tensor]
 class RowsToDevice:
     """Teacher rows on the student's device; copied ones are whole when the call returns.
 
-    So their slot may be given back while the device still computes. The copy has a stream of its
-    own: the host waits for the copy alone, not for the forward that was queued before it.
+    So their slot may be given back while the device still computes. Receiving and copying have a
+    stream of their own: the host waits for them alone, not for the forward that was queued before.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,11 +21,10 @@ class RowsToDevice:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, teacher_rows: TeacherRows) -> torch.Tensor:
-        rows = teacher_rows()
         if self._stream is None:
-            return rows
+            return teacher_rows()
         with torch.cuda.stream(self._stream):
-            copied = rows.to(self._device, copy=True)
+            copied = teacher_rows().to(self._device, copy=True)
         self._stream.synchronize()
         copied.record_stream(torch.cuda.current_stream(self._device))
         return copied

@@ -17,10 +17,12 @@ class Teacher(Protocol):
     Attributes:
         hidden_size: H of its last hidden states.
         dtype: of its hidden states.
+        device: where it computes, with its index where that is a GPU.
     """
 
     hidden_size: int
     dtype: torch.dtype
+    device: torch.device
 
     def __init__(self, config: TeacherConfig, *, gpu: int) -> None:
         """Loads the model; `gpu`, counted round, is the one to take where it runs on CUDA."""
@@ -30,7 +32,7 @@ class Teacher(Protocol):
         """Writes the last hidden states (after the final norm) of the loss rows.
 
         Args:
-            out: (N, H) in `dtype`, host memory; all of it is written when this returns.
+            out: (N, H) in `dtype`, in host memory or on `device`; written when this returns.
         """
         ...
 

@@ -15,23 +15,25 @@ class HFTeacher:
     """Runs the decoder, not the head, over packed samples."""
 
     def __init__(self, config: TeacherConfig, *, gpu: int) -> None:
-        self._device = resolve_device(config.device, gpu)
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-        self.dtype = resolve_dtype(config.dtype, self._device)
-        self._decoder = load_decoder(config.model, self.dtype).to(self._device)
+        self.device = resolve_device(config.device, gpu)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        self._decoder = load_decoder(config.model, self.dtype).to(self.device)
         self.hidden_size: int = self._decoder.config.get_text_config().hidden_size
 
     @torch.inference_mode()
     def prefill(self, microbatch: Microbatch, out: torch.Tensor) -> None:
         hidden = forward_hidden_states(
             self._decoder,
-            to_device(microbatch.input_ids, self._device).long(),
-            to_device(microbatch.position_ids(), self._device),
+            to_device(microbatch.input_ids, self.device).long(),
+            to_device(microbatch.position_ids(), self.device),
             microbatch.sequence_lengths,
         )
-        rows = to_device(microbatch.loss_rows, self._device).long()
-        if self._device.type == "cpu":
+        rows = to_device(microbatch.loss_rows, self.device).long()
+        if out.device == self.device:
             torch.index_select(hidden, 0, rows, out=out)
         else:
-            out.copy_(hidden.index_select(0, rows))  # the host waits until the rows are there
+            out.copy_(hidden.index_select(0, rows))
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()

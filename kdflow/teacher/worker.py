@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from kdflow.config import TeacherConfig
 from kdflow.modeling import hide_progress_bars
 from kdflow.teacher.base import TEACHERS, Teacher
-from kdflow.transport import HiddenRing, HiddenStatesServer, RequestRing
+from kdflow.transport import HiddenStatesServer, RequestRing, attach_hidden_ring
 from kdflow.types import Microbatch
 
 
@@ -33,6 +34,7 @@ class WorkerSpec:
         num_threads: CPU threads.
         requests: handle of the request ring.
         hidden: handles of the data rings, by rank.
+        placement: where their slots lie.
         timeout_s: longest wait for a slot, seconds.
         ready_fd: descriptor, inherited, for the announcement.
     """
@@ -42,6 +44,7 @@ class WorkerSpec:
     num_threads: int
     requests: str
     hidden: list[str]
+    placement: str
     timeout_s: float
     ready_fd: int
 
@@ -57,24 +60,29 @@ class WorkerSpec:
 class _Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self._parent = os.getppid()
+        self._rings = ExitStack()
         torch.set_num_threads(spec.num_threads)
         self._teacher: Teacher = TEACHERS.get(spec.teacher.backend)(spec.teacher, gpu=spec.gpu)
-        self._server = HiddenStatesServer(
-            RequestRing.attach(spec.requests, role="consumer"),
-            {rank: HiddenRing.attach(handle, role="producer") for rank, handle in enumerate(spec.hidden)},
-            timeout_s=spec.timeout_s,
-        )
+        requests = self._rings.enter_context(RequestRing.attach(spec.requests, role="consumer"))
+        hidden = {
+            rank: self._rings.enter_context(
+                attach_hidden_ring(handle, placement=spec.placement, role="producer", device=self._teacher.device)
+            )
+            for rank, handle in enumerate(spec.hidden)
+        }
+        self._server = HiddenStatesServer(requests, hidden, timeout_s=spec.timeout_s)
         ready = {"hidden_size": self._teacher.hidden_size, "dtype": str(self._teacher.dtype)}
         with os.fdopen(spec.ready_fd, "w") as announcement:
             announcement.write(json.dumps(ready) + "\n")
 
     def serve(self) -> None:
-        self._server.serve(
-            self._teacher.hidden_size,
-            self._teacher.dtype,
-            self._timed_prefill,
-            idle=self._stop_with_parent,
-        )
+        with self._rings:
+            self._server.serve(
+                self._teacher.hidden_size,
+                self._teacher.dtype,
+                self._timed_prefill,
+                idle=self._stop_with_parent,
+            )
 
     def _timed_prefill(self, microbatch: Microbatch, out: torch.Tensor) -> float:
         start = time.perf_counter()

@@ -73,23 +73,24 @@ class WaitTimer:
     was queued before the call to the moment when the rows are there.
 
     Args:
-        clock: a stream in which nothing else runs, on CUDA.
+        clock: a stream in which nothing else runs, on CUDA; the device computes in the current one.
     """
 
     def __init__(self, function: Callable[[], torch.Tensor], clock: torch.cuda.Stream | None) -> None:
         self._function = function
         self._clock = clock
+        self._compute = None if clock is None else torch.cuda.current_stream(clock.device)
         self._host_s = 0.0
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
     def __call__(self) -> torch.Tensor:
-        if self._clock is None:
+        if self._clock is None or self._compute is None:
             start = time.perf_counter()
             rows = self._function()
             self._host_s = time.perf_counter() - start
             return rows
         self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        self._events[0].record()
+        self._events[0].record(self._compute)
         rows = self._function()
         self._events[1].record(self._clock)
         return rows

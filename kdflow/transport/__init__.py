@@ -9,6 +9,7 @@ from kdflow.transport.channel import (
 )
 from kdflow.transport.cuda import RingChoice, choose_ring, cuda_available, cuda_unavailable_reason
 from kdflow.transport.cuda_ring import CudaReadSlot, CudaRing, CudaWriteSlot
+from kdflow.transport.hidden import attach_hidden_ring, choose_hidden_ring, create_hidden_ring
 from kdflow.transport.ring import HiddenRing, ReadSlot, RequestRing, RingStats, WriteSlot
 
 __all__ = [
@@ -25,7 +26,10 @@ __all__ = [
     "RingChoice",
     "RingStats",
     "WriteSlot",
+    "attach_hidden_ring",
+    "choose_hidden_ring",
     "choose_ring",
+    "create_hidden_ring",
     "cuda_available",
     "cuda_unavailable_reason",
     "request_bytes",

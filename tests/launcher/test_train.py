@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -150,12 +152,23 @@ def test_killed_launcher_leaves_nothing(run_config) -> None:
     assert not alive(started)
 
 
-def test_teacher_that_cannot_load(run_config, tiny: Path, tmp_path: Path) -> None:
-    import shutil
+def test_damaged_weights_are_named(run_config, tiny: Path, tmp_path: Path) -> None:
+    """A head that the student cannot read, and a layer that only the teacher reads."""
+    head, layer = tmp_path / "head", tmp_path / "layer"
+    shutil.copytree(tiny / "teacher", head)
+    (head / "model.safetensors").write_bytes(b"not a model")
+    result = train(run_config(teacher__model=head))
+    assert result.returncode == 1
+    assert f"error: {head}: its weights cannot be read" in result.stderr
+    assert "Traceback" not in result.stderr
 
-    shutil.copytree(tiny / "teacher", tmp_path / "broken")
-    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not a model")
-    result = train(run_config(teacher__model=tmp_path / "broken"))
+    shutil.copytree(tiny / "teacher", layer)
+    (layer / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny / "teacher").save_pretrained(layer, max_shard_size="80KB")
+    index = json.loads((layer / "model.safetensors.index.json").read_text())["weight_map"]
+    shards = set(index.values()) - {shard for name, shard in index.items() if "embed" in name}
+    (layer / sorted(shards)[0]).write_bytes(b"not a model")
+    result = train(run_config(teacher__model=layer, overwrite="true"))
     assert result.returncode == 1
     assert "ended with exit code 1; its last lines" in result.stderr
-    assert "safetensors" in result.stderr.lower() or "header" in result.stderr.lower()
+    assert f"{layer}: its weights cannot be read" in result.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from kdflow.config import load_config
 from support.run import metrics_of, train
 
 pytestmark = pytest.mark.gpu
@@ -29,16 +30,54 @@ def test_a_run_on_one_gpu(run_config) -> None:
     assert AutoModelForCausalLM.from_pretrained(Path(config.output_dir, "model")).num_parameters() > 0
 
 
-def test_gpu_and_cpu_agree(run_config, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def on_cpu(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    return small_run(tiny, tmp_path_factory.mktemp("cpu"), teacher="cpu", student="cpu", placement="auto")
+
+
+def small_run(tiny: Path, folder: Path, *, teacher: str, student: str, placement: str) -> dict[str, list[float]]:
+    """Losses and evaluations of four steps in float32."""
+    options = {
+        "output_dir": folder / "run",
+        "teacher.model": tiny / "teacher",
+        "student.model": tiny / "student",
+        "data.train": tiny / "conversations.jsonl",
+        "data.num_eval_samples": 4,
+        "data.max_length": 128,
+        "training.num_steps": 4,
+        "training.samples_per_step": 8,
+        "training.tokens_per_microbatch": 256,
+        "optimizer.learning_rate": 3e-3,
+        "teacher.dtype": "float32",
+        "student.compute_dtype": "float32",
+        "teacher.device": teacher,
+        "student.device": student,
+        "transport.placement": placement,
+    }
+    config = load_config(None, [f"--{name}={value}" for name, value in options.items()])
+    result = train(config)
+    assert result.returncode == 0, result.stderr
+    names = (("train", "loss"), ("eval", "kl"), ("eval", "ce_loss"))
+    return {f"{kind} {name}": [m[name] for m in metrics_of(config, kind)] for kind, name in names}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "placement"),
+    [
+        ("cuda", "cuda", "device"),
+        ("cuda", "cuda", "pinned"),
+        ("cuda", "cuda", "host"),
+        ("cpu", "cuda", "auto"),
+        ("cuda", "cpu", "auto"),
+    ],
+)
+def test_devices_and_rings_agree_with_the_cpu(
+    tiny: Path, tmp_path: Path, on_cpu: dict[str, list[float]], teacher: str, student: str, placement: str
+) -> None:
     """The same job in float32: losses within 0.1% over the first steps."""
-    on_gpu = run_config(output_dir=tmp_path / "gpu", **FP32, **ON_GPU)
-    on_cpu = run_config(output_dir=tmp_path / "cpu", **FP32, teacher__device="cpu", student__device="cpu")
-    for config in (on_gpu, on_cpu):
-        result = train(config)
-        assert result.returncode == 0, result.stderr
-    for kind, name in (("train", "loss"), ("eval", "kl"), ("eval", "ce_loss")):
-        gpu, cpu = ([m[name] for m in metrics_of(c, kind)] for c in (on_gpu, on_cpu))
-        assert gpu == pytest.approx(cpu, rel=1e-3), name
+    found = small_run(tiny, tmp_path, teacher=teacher, student=student, placement=placement)
+    for name, values in on_cpu.items():
+        assert found[name] == pytest.approx(values, rel=1e-3), name
 
 
 def test_resume_goes_on_with_the_same_numbers(run_config, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from kdflow.modeling import prune_layers
+from kdflow.modeling import hide_progress_bars, prune_layers
 
 CACHE = Path("~/.cache/kdflow").expanduser()
 TEACHER = CACHE / "smollm2-135m-instruct"
@@ -50,6 +50,7 @@ def main() -> None:
     if TEACHER.is_dir() and STUDENT.is_dir():
         print(f"prepare_models: both models are in {CACHE}")
         return
+    hide_progress_bars()
     source = gguf_folder()
     shutil.rmtree(TEACHER, ignore_errors=True)
     shutil.rmtree(STUDENT, ignore_errors=True)

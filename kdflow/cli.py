@@ -50,8 +50,9 @@ def _prune(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     import torch
 
-    from kdflow.modeling import load_causal_lm, load_tokenizer, prune_layers
+    from kdflow.modeling import hide_progress_bars, load_causal_lm, load_tokenizer, prune_layers
 
+    hide_progress_bars()
     model = prune_layers(load_causal_lm(options.model, torch.bfloat16), options.num_layers)
     model.save_pretrained(options.output)
     load_tokenizer(options.model).save_pretrained(options.output)

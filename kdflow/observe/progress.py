@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from kdflow.training import EvalMetrics, StepMetrics
+
+RECENT_STEPS = 20
+
+
+class TimeLeft:
+    """Estimates from the mean of recent steps; the first one, which warms up, counts only while alone."""
+
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._warming_up = True
+
+    def after(self, metrics: StepMetrics) -> float:
+        """Seconds until the last step is done."""
+        if len(self._recent) == 1 and self._warming_up:
+            self._recent.clear()
+            self._warming_up = False
+        self._recent.append(metrics.step_s)
+        return (self._num_steps - metrics.step) * sum(self._recent) / len(self._recent)
 
 
 class Progress:
@@ -23,6 +44,7 @@ class Progress:
         self._console = console
         self._log_every = log_every
         self._num_steps = num_steps
+        self._time_left = TimeLeft(num_steps)
         self._bar = Bar(
             TextColumn("[bold]distil"),
             BarColumn(bar_width=24),
@@ -40,6 +62,7 @@ class Progress:
         self._bar.start()
 
     def on_step(self, metrics: StepMetrics) -> None:
+        left_s = self._time_left.after(metrics)
         self._bar.update(
             self._task,
             completed=metrics.step,
@@ -48,7 +71,6 @@ class Progress:
             teacher=f"{metrics.teacher_tokens_per_s:,.0f}",
         )
         if not self._console.is_terminal and metrics.step % self._log_every == 0:
-            left_s = (self._num_steps - metrics.step) * metrics.step_s
             self._line(
                 f"step {metrics.step}/{self._num_steps}  loss {metrics.loss:.4f}  "
                 f"grad norm {metrics.grad_norm:.2f}  lr {metrics.learning_rate:.2e}  "

@@ -27,7 +27,8 @@ def test_python_function() -> None:
 
 
 def test_parquet_and_folder(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     data = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": "a"}]}] * 3)
     data.to_parquet(tmp_path / "a.parquet")
     data.save_to_disk(tmp_path / "folder")

@@ -132,7 +132,7 @@ def problem(s: Shape, divergence: str, rows: int) -> Problem:
 
 def row_kernel(s: Shape, *, fp32: bool, divergences: tuple[str, ...], layouts, rows: int = 512) -> None:
     """Every layout on `rows` rows, as GB/s of what must move: both logits read once, the gradient written once."""
-    triton_backend.FP32_LOGITS = fp32
+    triton_backend.keep_logits_in_fp32(fp32)
     item = 4 if fp32 else 2
     chunk = slice(0, rows)
     moved = rows * s.V * (2 * item + 2)
@@ -219,7 +219,7 @@ def main() -> int:
     parser.add_argument("--shape", default="8192,151936,2560,2048", metavar="N,V,Hs,Ht")
     parser.add_argument("--out", help="file for the figures as JSON lines")
     parser.add_argument("--trace", help="file for a Chrome trace of four steps")
-    parser.add_argument("--layouts", default="wide", choices=["none", "few", "wide"])
+    parser.add_argument("--layouts", default="wide", choices=["none", "few", "wide", "all"])
     given = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench.tune needs a CUDA device", file=sys.stderr)
@@ -230,24 +230,35 @@ def main() -> int:
     names = ("LANES", "NUM_WARPS", "STAGES", "PROGRAMS_PER_PROCESSOR")
     constants = {name: getattr(triton_backend, name) for name in names}
     if given.layouts != "none":
-        wide = [(512, 8, 1, 4), (512, 8, 2, 4), (512, 8, 3, 4), (512, 16, 3, 2), (512, 16, 4, 1)]
-        wide += [(256, 8, stages, programs) for stages in (1, 2, 3, 4, 5) for programs in (2, 4, 8)]
-        wide += [(128, 4, 3, 8), (128, 4, 4, 8), (256, 4, 3, 4), (256, 4, 3, 8)]
-        wide += [(1024, 16, 3, 1), (1024, 16, 4, 1), (1024, 32, 3, 1), (1024, 32, 4, 1), (2048, 32, 3, 1)]
+        wide = [(512, 8, 1, 4), (256, 8, 3, 8)]
+        # Few rows in flight, so that a row is still in the cache when it is read again.
+        wide += [
+            (lanes, warps, stages, programs)
+            for lanes, warps, stages in ((512, 16, 4), (1024, 32, 3), (1024, 32, 5), (2048, 32, 3))
+            for programs in (0.25, 0.5, 0.75, 1)
+        ]
         few = [(512, 8, 1, 4), (512, 8, 3, 4), (256, 8, 3, 4), (256, 8, 4, 4), (256, 8, 3, 8), (128, 4, 3, 8)]
-        for fp32, divergence in itertools.product((False, True), ("forward_kl", "jsd")):
-            plain = given.layouts == "wide" and not fp32 and divergence == "forward_kl"
+        for fp32, divergence in itertools.product(
+            (False, True) if given.layouts == "all" else (False,), ("forward_kl", "jsd")
+        ):
+            plain = given.layouts in ("wide", "all") and not fp32 and divergence == "forward_kl"
             row_kernel(s, fp32=fp32, divergences=(divergence,), layouts=wide if plain else few)
-    triton_backend.FP32_LOGITS = False
+    triton_backend.keep_logits_in_fp32(False)
     for key, value in constants.items():
         setattr(triton_backend, key, value)
     whole_loss(s, floor_ms, "as it comes")
     whole_loss(s, floor_ms, "as it comes", "jsd")
     whole_loss(s, floor_ms, "as it comes", "reverse_kl")
-    whole_loss(s, floor_ms, "fp32 logits", FP32_LOGITS=True)
+    whole_loss(s, floor_ms, "fp32 logits", _fp32_logits=True)
     whole_loss(s, floor_ms, "fp32 sums of dW", GROUPS_IN_LOW_PRECISION=0)
-    for chunk, mib in itertools.product((512, 1024, 4096), (640, 768, 1024, 1280)):
-        whole_loss(s, floor_ms, f"chunks of {chunk}, logits of {mib} MiB", CHUNK_ROWS=chunk, LOGITS_BYTES=mib * 2**20)
+    whole_loss(s, floor_ms, "rows not staggered", STAGGER=0)
+    whole_loss(s, floor_ms, "chunks of 512", CHUNK_ROWS=512)
+    for rows in (1664, 2816, 4096):
+        whole_loss(s, floor_ms, f"groups of {rows}", plan_groups=lambda *_, rows=rows: rows)
+    for lanes, stages, programs in ((256, 3, 4), (256, 3, 8), (512, 2, 4)):
+        layout = {"LANES": lanes, "STAGES": stages, "PROGRAMS_PER_PROCESSOR": programs}
+        for divergence in ("forward_kl", "jsd"):
+            whole_loss(s, floor_ms, f"{layout}", divergence, **layout)
     profile(s, given.trace)
     if given.out:
         with open(given.out, "w") as file:

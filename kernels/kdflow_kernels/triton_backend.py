@@ -19,9 +19,13 @@ from torch import Tensor
 
 from kdflow_kernels.problem import LOWEST_LOGIT, GradientNeeds, Gradients, Head, Problem, RowTerms
 
-# What both blocks of logits may take together, where chunk_size is not given.
-LOGITS_BYTES = 768 * 2**20
-CHUNK_ROWS = 512
+# What the student's logits of a group may take: 2048 rows of the widest vocabularies.
+LOGITS_BYTES = 640 * 2**20
+# Of so many rows, half of it in fp32, the teacher's logits are held.
+CHUNK_ROWS = 1024
+# Rows of logits begin this many numbers apart beyond whole blocks: at multiples of a large power of two they would
+# compete for the same parts of the memory.
+STAGGER = 64
 # Of the row kernel; see Launch.
 LANES = 512
 NUM_WARPS = 8
@@ -30,8 +34,18 @@ PROGRAMS_PER_PROCESSOR = 4
 # Up to here the weight's gradient is summed over groups in its own dtype: a handful of roundings, 1.6 times the error of
 # one at four groups. Beyond, in fp32.
 GROUPS_IN_LOW_PRECISION = 6
-# Logits of bf16 heads are stored as the products give them, in bf16, or in fp32.
-FP32_LOGITS = False
+
+_fp32_logits = False
+
+
+def keep_logits_in_fp32(enabled: bool) -> None:
+    """Store the logits of bf16 and fp16 heads in fp32 between the products and the row kernel.
+
+    They are sums in fp32 either way; stored in bf16, as full-logit code has them, they keep 8 bits. It costs about an
+    eighth of the time and 300 MiB at a vocabulary of 150,000.
+    """
+    global _fp32_logits
+    _fp32_logits = enabled
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -91,25 +105,16 @@ def layout(item_bytes: int, num_columns: int, num_processors: int) -> Launch:
     lanes = LANES
     while lanes > 32 and lanes * width >= 2 * num_columns:
         lanes //= 2
-    return Launch(lanes, width, STAGES, min(NUM_WARPS, lanes // 32), PROGRAMS_PER_PROCESSOR * num_processors)
+    num_programs = max(1, int(PROGRAMS_PER_PROCESSOR * num_processors))
+    return Launch(lanes, width, STAGES, min(NUM_WARPS, lanes // 32), num_programs)
 
 
-def plan_groups(num_rows: int, padded_columns: int, item_bytes: int, hidden_size: int, num_processors: int) -> int:
-    """Rows of a group: as many as LOGITS_BYTES allows, so that dz W fills the processors evenly.
-
-    dz W has few tiles, of 128 rows by 256 columns: 160 on 132 processors take as long as 264.
-    """
-    most = max(1, int(0.8 * LOGITS_BYTES) // (padded_columns * item_bytes))
-    if num_rows <= most:
-        return max(num_rows, 1)
-    tiles_across = -(-hidden_size // 256)
-
-    def idle_share(rows: int) -> float:
-        tiles = -(-rows // 128) * tiles_across
-        return 1.0 - tiles / (-(-tiles // num_processors) * num_processors)
-
-    candidates = [rows for rows in range(128, most + 1, 128) if rows > most // 2]
-    return min(candidates, key=lambda rows: (round(idle_share(rows), 2), -rows)) if candidates else most
+def plan_groups(num_rows: int, row_bytes: int) -> int:
+    """Rows of a group: as even as LOGITS_BYTES allows, in whole tiles of the products."""
+    most = max(1, LOGITS_BYTES // row_bytes)
+    num_groups = max(1, -(-num_rows // most))
+    even = -(-num_rows // num_groups)
+    return max(1, min(most, -(-even // 128) * 128, num_rows))
 
 
 class _Run:
@@ -140,13 +145,11 @@ class _Run:
         items = item if teacher is None else max(item, _logits_dtype(teacher.weight.dtype).itemsize)
         self.launch = layout(items, self.columns, self.num_processors)
         block = self.launch.lanes * self.launch.width
-        self.padded = -(-self.columns // block) * block
-        self.group_rows = plan_groups(
-            self.num_rows, self.padded, self.dtype.itemsize, problem.student.weight.shape[1], self.num_processors
-        )
+        self.padded = -(-self.columns // block) * block + STAGGER
+        self.group_rows = plan_groups(self.num_rows, self.padded * self.dtype.itemsize)
         # The kernel counts in 32 bits inside a block of rows.
         most = max(1, (2**31 - 1) // max(self.padded, 1))
-        self.chunk_rows = min(problem.chunk_size or CHUNK_ROWS, self.group_rows, most)
+        self.chunk_rows = min(problem.chunk_size or CHUNK_ROWS * 2 // items, self.group_rows, most)
         if not self.needs:
             self.group_rows = self.chunk_rows
 
@@ -216,7 +219,9 @@ class _Run:
                 self.teacher_columns = problem.teacher.weight.shape[0]
                 self.teacher_ids = torch.full((self.columns,), -1, dtype=torch.int32, device=self.device)
                 self.teacher_ids[problem.student.token_ids] = ids.to(torch.int32)
-            width = -(-max(self.padded, self.teacher_columns) // 64) * 64
+            width = self.padded
+            if self.teacher_columns > width:
+                width = -(-self.teacher_columns // 64) * 64 + STAGGER
             self.teacher_logits = logits(self.chunk_rows, width, dtype)
 
     def _logits_to_gradients(self, rows: slice, terms: RowTerms) -> None:
@@ -321,7 +326,7 @@ def _flags(side: str, head: Head | None) -> dict[str, bool]:
 
 
 def _logits_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if FP32_LOGITS else dtype
+    return torch.float32 if _fp32_logits else dtype
 
 
 def _multiply(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False) -> None:

@@ -33,7 +33,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(params=[False, True], ids=["logits in the head's dtype", "fp32 logits"])
 def fp32_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(triton_backend, "FP32_LOGITS", request.param)
+    monkeypatch.setattr(triton_backend, "_fp32_logits", request.param)
 
 
 @pytest.mark.parametrize("case", pairwise(COVERED), ids=describe)
@@ -58,7 +58,7 @@ def test_fp32_logits_are_closer_than_bf16_ones(monkeypatch: pytest.MonkeyPatch):
     _, truth = ours(case, torch.float64, "reference")
     errors = []
     for fp32 in (False, True):
-        monkeypatch.setattr(triton_backend, "FP32_LOGITS", fp32)
+        monkeypatch.setattr(triton_backend, "_fp32_logits", fp32)
         _, found = ours(case, torch.bfloat16, "triton")
         errors.append((found["student_input"].double() - truth["student_input"]).norm())
     assert errors[1] < 0.6 * errors[0]

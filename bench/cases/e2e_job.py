@@ -48,6 +48,7 @@ def run_overrides(params: Params, output_dir: str, *, num_tail_steps: int = 0) -
         "--data.num_eval_samples=0",
         "--optimizer.schedule=constant",
         "--optimizer.warmup_steps=0",
+        "--optimizer.learning_rate=1e-5",  # so low that rounding does not part the providers' losses
         f"--student.device={params['device'].partition(':')[0]}",
         f"--teacher.device={params['device'].partition(':')[0]}",
     ]

@@ -88,9 +88,8 @@ def stream_handle(stream: Any, ordinal: int) -> int:
         return stream.cuda_stream
     if hasattr(stream, "ptr"):  # cupy.cuda.Stream
         return stream.ptr
-    protocol: Any = getattr(stream, "__cuda_stream__", None)
-    if protocol is not None:
-        return (protocol() if callable(protocol) else protocol)[1]
+    if hasattr(stream, "__cuda_stream__"):
+        return stream.__cuda_stream__()[1]
     raise TypeError(
         f"stream: expected a torch or cupy stream, an object with __cuda_stream__ or a handle, "
         f"got {type(stream).__name__}"

@@ -293,7 +293,7 @@ def test_failed_work_is_told_to_both_sides() -> None:
 @on_fake_driver
 def test_what_cannot_be_set_up_leaves_nothing_behind() -> None:
     for placement, call, role, words in (
-        ("device", "cuMemAlloc_v2", "consumer", "cannot allocate 8192 bytes on cuda:0; use fewer or smaller slots"),
+        ("device", "cuMemAlloc_v2", "consumer", "cannot allocate 2097152 bytes on cuda:0; use fewer or smaller slots"),
         ("device", "cuIpcGetMemHandle", "consumer", "cuIpcGetMemHandle: CUDA_ERROR_OUT_OF_MEMORY"),
         ("pinned", "cuMemHostRegister_v2", "producer", "cuMemHostRegister_v2: CUDA_ERROR_OUT_OF_MEMORY"),
         ("pinned", "cuDevicePrimaryCtxRetain", "producer", "cuDevicePrimaryCtxRetain: CUDA_ERROR_OUT_OF_MEMORY"),

@@ -80,7 +80,10 @@ inline SlabDescriptor& slab_descriptor(const Slots& slots) {
   return *reinterpret_cast<SlabDescriptor*>(slots.segment()->at(slots.header().payload_offset));
 }
 
-inline std::uint64_t slab_bytes(const Header& header) { return header.num_slots * header.payload_stride; }
+// Whole blocks of 2 MiB: the driver packs smaller allocations into one, and a handle would open all of it.
+inline std::uint64_t slab_bytes(const Header& header) {
+  return round_up(header.num_slots * header.payload_stride, std::uint64_t{2} << 20);
+}
 
 // The consumer's own allocation. Never a piece of a pool: whoever opens a handle gets the whole allocation.
 class OwnedSlab : public Memory {

@@ -486,8 +486,12 @@ def test_ten_thousand_records_leave_nothing_behind() -> None:
                     slot.copy_to(target)
                 if ticket == 100:
                     before = live()
+            producer.synchronize()
             consumer.synchronize()
-            assert live() == before
+            after = live()
+            # Events are kept for reuse: as many as were ever in flight at once, a handful.
+            assert after["events"] <= before["events"] + 16, (before, after)
+            assert {**after, "events": 0} == {**before, "events": 0}
             source.free()
             target.free()
         assert live() == NOTHING

@@ -197,9 +197,9 @@ class OriginalPath(CudaTransport):
         import numpy as np
 
         channel = self._connection if self.note else self._socket
-        if not channel.poll(timeout_s if self.note else int(1000 * timeout_s)):
+        if not channel.poll(timeout_s if self.note else int(1000 * timeout_s)):  # pyright: ignore
             raise TimeoutError(f"no message within {timeout_s} s")
-        payload = channel.recv_bytes() if self.note else channel.recv()
+        payload = channel.recv_bytes() if self.note else channel.recv()  # pyright: ignore
         array = np.frombuffer(payload, np.int64).copy()
         tensor = torch.from_numpy(array[1:]).to(self._params["device"])
         if keep is not None:

@@ -130,7 +130,7 @@ def _registers(compiled) -> int:
 def main(arguments: list[str] | None = None) -> int:
     from kdflow_kernels.divergences import get_divergence, list_divergences
 
-    parser = argparse.ArgumentParser(prog="python -m kdflow_kernels.aot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m kdflow_kernels.aot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), metavar="90")
     parser.add_argument("--quick", action="store_true", help="one architecture's plain kernels only")
     given = parser.parse_args(arguments)

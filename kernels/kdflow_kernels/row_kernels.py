@@ -1,3 +1,4 @@
+# pyright: reportAssignmentType=false
 """The row kernel: from blocks of whole rows of logits to the rows' terms and dloss/dlogits, in Triton.
 
 Generic in the divergence, which comes as a JIT function. For each row:

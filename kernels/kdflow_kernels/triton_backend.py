@@ -304,7 +304,7 @@ class _Run:
                 LANES=launch.lanes,
                 WIDTH=launch.width,
                 STAGES=launch.stages,
-                num_warps=launch.num_warps,
+                num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
             )
 
     def _empty_terms(self) -> RowTerms:
@@ -314,7 +314,7 @@ class _Run:
             return torch.empty(self.num_rows, dtype=torch.float32, device=self.device)
 
         teacher, labels = self.problem.teacher, self.problem.labels
-        return RowTerms(make(teacher), make(labels), make(self.row_scale), make(teacher), make(teacher))
+        return RowTerms(make(teacher), make(labels), torch.empty_like(self.row_scale), make(teacher), make(teacher))
 
 
 def _flags(side: str, head: Head | None) -> dict[str, bool]:

@@ -52,17 +52,6 @@ class Shape:
         self.ht, self.wt = normal(self.N, self.Ht), normal(self.V, self.Ht, std=2 * self.Ht**-0.5)
 
 
-def ceilings() -> None:
-    a, b = normal(8192, 8192), normal(8192, 8192)
-    out = torch.empty_like(a)
-    ms = median_ms(lambda: torch.mm(a, b, out=out))
-    say("ceiling", "8192^3 bf16", ms, TFLOPs=2 * 8192**3 / ms / 1e9)
-    source = normal(2**30)
-    target = torch.empty_like(source)
-    ms = median_ms(lambda: target.copy_(source))
-    say("ceiling", "copy of 2 GiB", ms, GBs=2 * source.nbytes / ms / 1e6)
-
-
 def gemms(s: Shape) -> float:
     """Floor in ms: the four products over all rows at once."""
     z = torch.empty((s.N, s.V), dtype=torch.bfloat16, device="cuda")
@@ -130,18 +119,16 @@ def problem(s: Shape, divergence: str, rows: int) -> Problem:
     )
 
 
-def row_kernel(s: Shape, *, fp32: bool, divergences: tuple[str, ...], layouts, rows: int = 512) -> None:
+def row_kernel(s: Shape, *, fp32: bool, divergence: str, layouts: list[tuple[int, int, int]], rows: int = 512) -> None:
     """Every layout on `rows` rows, as GB/s of what must move: both logits read once, the gradient written once."""
     triton_backend.keep_logits_in_fp32(fp32)
     item = 4 if fp32 else 2
     chunk = slice(0, rows)
     moved = rows * s.V * (2 * item + 2)
-    for divergence, (lanes, warps, stages, programs) in itertools.product(divergences, layouts):
+    for lanes, warps, programs in layouts:
         triton_backend.LANES, triton_backend.NUM_WARPS = lanes, warps
-        triton_backend.STAGES, triton_backend.PROGRAMS_PER_PROCESSOR = stages, programs
-        name = (
-            f"{divergence} {'fp32' if fp32 else 'bf16'} lanes {lanes} warps {warps} stages {stages} programs {programs}"
-        )
+        triton_backend.PROGRAMS_PER_PROCESSOR = programs
+        name = f"{divergence} {'fp32' if fp32 else 'bf16'} lanes {lanes} warps {warps} programs {programs}"
         try:
             run = triton_backend._Run(problem(s, divergence, rows), GradientNeeds(True, True, False))
             terms = run._empty_terms()
@@ -195,54 +182,23 @@ def whole_loss(s: Shape, floor_ms: float, name: str, divergence: str = "forward_
             setattr(triton_backend, key, value)
 
 
-def profile(s: Shape, trace: str | None) -> None:
-    h, w = s.h.clone().requires_grad_(), s.w.clone().requires_grad_()
-
-    def step() -> None:
-        h.grad = w.grad = None
-        fused_kd_loss(h, w, s.ht, s.wt).loss.backward()
-
-    step()
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as found:
-        for _ in range(4):
-            step()
-        torch.cuda.synchronize()
-    if trace:
-        found.export_chrome_trace(trace)
-    table = found.key_averages().table(sort_by="self_device_time_total", row_limit=14, max_name_column_width=60)
-    print("\n".join(line[:64] + line[-100:] for line in table.splitlines()))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
     parser.add_argument("--shape", default="8192,151936,2560,2048", metavar="N,V,Hs,Ht")
     parser.add_argument("--out", help="file for the figures as JSON lines")
-    parser.add_argument("--trace", help="file for a Chrome trace of four steps")
-    parser.add_argument("--layouts", default="wide", choices=["none", "few", "wide", "all"])
+    parser.add_argument("--layouts", action="store_true", help="the row kernel in every layout, too")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench.tune needs a CUDA device", file=sys.stderr)
         return 2
-    ceilings()
     s = Shape(given.shape)
     floor_ms = gemms(s)
-    names = ("LANES", "NUM_WARPS", "STAGES", "PROGRAMS_PER_PROCESSOR")
+    names = ("LANES", "NUM_WARPS", "PROGRAMS_PER_PROCESSOR")
     constants = {name: getattr(triton_backend, name) for name in names}
-    if given.layouts != "none":
-        wide = [(512, 8, 1, 4), (256, 8, 3, 8)]
-        # Few rows in flight, so that a row is still in the cache when it is read again.
-        wide += [
-            (lanes, warps, stages, programs)
-            for lanes, warps, stages in ((512, 16, 4), (1024, 32, 3), (1024, 32, 5), (2048, 32, 3))
-            for programs in (0.25, 0.5, 0.75, 1)
-        ]
-        few = [(512, 8, 1, 4), (512, 8, 3, 4), (256, 8, 3, 4), (256, 8, 4, 4), (256, 8, 3, 8), (128, 4, 3, 8)]
-        for fp32, divergence in itertools.product(
-            (False, True) if given.layouts == "all" else (False,), ("forward_kl", "jsd")
-        ):
-            plain = given.layouts in ("wide", "all") and not fp32 and divergence == "forward_kl"
-            row_kernel(s, fp32=fp32, divergences=(divergence,), layouts=wide if plain else few)
+    if given.layouts:
+        layouts = [(512, 8, 4), (512, 8, 2), (256, 8, 4), (256, 8, 8), (512, 16, 2), (1024, 16, 1), (1024, 32, 1)]
+        for fp32, divergence in itertools.product((False, True), ("forward_kl", "jsd")):
+            row_kernel(s, fp32=fp32, divergence=divergence, layouts=layouts)
     triton_backend.keep_logits_in_fp32(False)
     for key, value in constants.items():
         setattr(triton_backend, key, value)
@@ -255,11 +211,6 @@ def main() -> int:
     whole_loss(s, floor_ms, "chunks of 512", CHUNK_ROWS=512)
     for rows in (1664, 2816, 4096):
         whole_loss(s, floor_ms, f"groups of {rows}", plan_groups=lambda *_, rows=rows: rows)
-    for lanes, stages, programs in ((256, 3, 4), (256, 3, 8), (512, 2, 4)):
-        layout = {"LANES": lanes, "STAGES": stages, "PROGRAMS_PER_PROCESSOR": programs}
-        for divergence in ("forward_kl", "jsd"):
-            whole_loss(s, floor_ms, f"{layout}", divergence, **layout)
-    profile(s, given.trace)
     if given.out:
         with open(given.out, "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in RECORDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -14,6 +15,14 @@ import torch
 from filelock import FileLock
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# Triton decides when it is first loaded whether its functions are interpreted, so it is loaded before any test can do
+# it. What tests start shall not inherit the choice; those of the kernels make it again, see kernels/conftest.py.
+with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
+    if not torch.cuda.is_available():
+        patch.setenv("TRITON_INTERPRET", "1")
+    import kdflow_kernels.jit_divergences
+    import kdflow_kernels.row_kernels  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -70,7 +70,6 @@ def compile_row_kernel(divergence: str, options: dict[str, bool], *, dtype: str,
         "GRADIENT_SUM": twin.gradient_sum,
         "LANES": launch.lanes,
         "WIDTH": launch.width,
-        "STAGES": launch.stages,
         **FLAGS,
         **options,
     }

@@ -63,12 +63,18 @@ def _student_logits(
 
 
 @triton.jit
-def _compared_logits(
-    z, z_row, columns, V, K, ids, bias, scale, softcap,
-    PARTIAL: tl.constexpr, PAIRED: tl.constexpr, HAS_TEACHER: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+def _logits(
+    student_row, teacher_row, columns, V, K, ids,
+    student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
+    HAS_TEACHER: tl.constexpr, PARTIAL: tl.constexpr, PAIRED: tl.constexpr,
+    STUDENT_BIAS: tl.constexpr, STUDENT_SCALE: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr, TEACHER_SCALE: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Logits of student (from z) and teacher, at temperature 1, where the divergence compares them; LOWEST elsewhere."""
+    """Logits at temperature 1: the student's, and student's and teacher's as compared, LOWEST where they are not."""
+    z = _student_logits(
+        student_row, columns, V, student_bias, student_scale, student_softcap,
+        STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP,
+    )  # fmt: skip
     x, y = z, z
     if PAIRED:
         indices = tl.load(ids + columns, mask=columns < V, other=-1)
@@ -80,13 +86,16 @@ def _compared_logits(
         x = tl.where(compared, x, LOWEST)
     if HAS_TEACHER:
         if PAIRED:
-            y = tl.load(z_row + indices, mask=compared, other=LOWEST).to(tl.float32)
+            y = tl.load(teacher_row + indices, mask=compared, other=LOWEST).to(tl.float32)
         else:
-            y = tl.load(z_row + columns).to(tl.float32)
-        y = _transform(y, bias, indices, compared, scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
-        if PARTIAL or HAS_BIAS or HAS_SCALE or HAS_SOFTCAP:
+            y = tl.load(teacher_row + columns).to(tl.float32)
+        y = _transform(
+            y, teacher_bias, indices, compared, teacher_scale, teacher_softcap,
+            TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
+        )  # fmt: skip
+        if PARTIAL or TEACHER_BIAS or TEACHER_SCALE or TEACHER_SOFTCAP:
             y = tl.where(compared, y, LOWEST)
-    return x, y
+    return z, x, y
 
 
 @triton.jit
@@ -125,6 +134,15 @@ def _first_block(m, top, best, lanes, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _terms(x, y, exponent, top_s, log_sum_s, top_t, log_sum_t, parameter, POINTWISE: tl.constexpr):
+    """The divergence's f and df/dlog q, and q."""
+    d_s, d_t = (x - top_s) * exponent, (y - top_t) * exponent
+    p, q = exp2(d_t - log_sum_t * LOG2_E), exp2(d_s - log_sum_s * LOG2_E)
+    f, g = POINTWISE(d_t * LN_2 - log_sum_t, d_s * LN_2 - log_sum_s, p, q, parameter)
+    return f, g, q
+
+
+@triton.jit
 def row_kernel(
     student, student_stride, teacher, teacher_stride, teacher_ids, student_bias, teacher_bias,
     labels, row_scale, gradient, gradient_stride,
@@ -137,7 +155,7 @@ def row_kernel(
     PARTIAL: tl.constexpr, PAIRED: tl.constexpr, TEMPERED: tl.constexpr,
     STUDENT_BIAS: tl.constexpr, STUDENT_SCALE: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr,
     TEACHER_BIAS: tl.constexpr, TEACHER_SCALE: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Every num_programs-th row of C.
 
@@ -166,15 +184,13 @@ def row_kernel(
         best_s = tl.zeros((LANES,), tl.int32)
         m_t, total_t, moment_t, best_t = m_s, total_s, moment_s, best_s
         m_z, total_z, moment_z, best_z = m_s, total_s, moment_s, best_s
-        for step in tl.range(0, last + 1, num_stages=STAGES):
+        for step in range(last + 1):
             columns = step * BLOCK + offsets
-            z = _student_logits(
-                student_row, columns, V, student_bias, student_scale, student_softcap,
-                STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP,
-            )  # fmt: skip
-            x, y = _compared_logits(
-                z, teacher_row, columns, V, K, teacher_ids, teacher_bias, teacher_scale, teacher_softcap,
-                PARTIAL, PAIRED, HAS_TEACHER, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
+            z, x, y = _logits(
+                student_row, teacher_row, columns, V, K, teacher_ids,
+                student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
+                HAS_TEACHER, PARTIAL, PAIRED,
+                STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
             )  # fmt: skip
             m_s, total_s, moment_s, best_s = _take_in(x, step, exponent, m_s, total_s, moment_s, best_s)
             if HAS_TEACHER:
@@ -202,44 +218,39 @@ def row_kernel(
             near = tl.arange(0, WIDTH)
             few = _first_block(m_s, top_s, best_s, lanes, BLOCK, WIDTH) + near
             few = tl.where(few < V, few, 0)
-            z_few = _student_logits(
-                student_row, few, V, student_bias, student_scale, student_softcap,
-                STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP,
-            )  # fmt: skip
-            x_few, y_few = _compared_logits(
-                z_few, teacher_row, few, V, K, teacher_ids, teacher_bias, teacher_scale, teacher_softcap,
-                PARTIAL, PAIRED, HAS_TEACHER, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
+            _, x_few, _ = _logits(
+                student_row, teacher_row, few, V, K, teacher_ids,
+                student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
+                HAS_TEACHER, PARTIAL, PAIRED,
+                STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
             )  # fmt: skip
             column_s = tl.min(tl.where(x_few == top_s, few, NO_COLUMN), 0)
             few = _first_block(m_t, top_t, best_t, lanes, BLOCK, WIDTH) + near
             few = tl.where(few < V, few, 0)
-            x_few, y_few = _compared_logits(
-                z_few, teacher_row, few, V, K, teacher_ids, teacher_bias, teacher_scale, teacher_softcap,
-                PARTIAL, PAIRED, HAS_TEACHER, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
+            _, _, y_few = _logits(
+                student_row, teacher_row, few, V, K, teacher_ids,
+                student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
+                HAS_TEACHER, PARTIAL, PAIRED,
+                STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
             )  # fmt: skip
             column_t = tl.min(tl.where(y_few == top_t, few, NO_COLUMN), 0)
             tl.store(agreement + row, tl.where(column_s == column_t, 1.0, 0.0))
 
-        log2_sum_s, log2_sum_t, log2_sum_z = log_sum_s * LOG2_E, log_sum_t * LOG2_E, log_sum_z * LOG2_E
         loss = tl.zeros((LANES,), tl.float32)
         gradient_sum = 0.0
         if HAS_TEACHER and GRADIENT_SUM is not None:
             gradient_sum = GRADIENT_SUM
         if SUM_PASS:
             sums = tl.zeros((LANES,), tl.float32)
-            for backwards in tl.range(0, last + 1, num_stages=STAGES):
+            for backwards in range(last + 1):
                 columns = (last - backwards) * BLOCK + offsets
-                z = _student_logits(
-                    student_row, columns, V, student_bias, student_scale, student_softcap,
-                    STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP,
+                z, x, y = _logits(
+                    student_row, teacher_row, columns, V, K, teacher_ids,
+                    student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
+                    HAS_TEACHER, PARTIAL, PAIRED,
+                    STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
                 )  # fmt: skip
-                x, y = _compared_logits(
-                    z, teacher_row, columns, V, K, teacher_ids, teacher_bias, teacher_scale, teacher_softcap,
-                    PARTIAL, PAIRED, HAS_TEACHER, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
-                )  # fmt: skip
-                d_s, d_t = (x - top_s) * exponent, (y - top_t) * exponent
-                p, q = exp2(d_t - log2_sum_t), exp2(d_s - log2_sum_s)
-                f, g = POINTWISE(d_t * LN_2 - log_sum_t, d_s * LN_2 - log_sum_s, p, q, parameter)
+                f, g, q = _terms(x, y, exponent, top_s, log_sum_s, top_t, log_sum_t, parameter, POINTWISE)
                 loss += tl.sum(f, 1)
                 sums += tl.sum(g, 1)
             gradient_sum = tl.sum(sums, 0)
@@ -248,22 +259,18 @@ def row_kernel(
             scale = tl.load(row_scale + row)
             kd_scale = scale * kd_weight * inverse_temperature
             ce_scale = scale * ce_weight
-            for count in tl.range(0, last + 1, num_stages=STAGES):
+            for count in range(last + 1):
                 step = count if SUM_PASS else last - count
                 columns = step * BLOCK + offsets
-                z = _student_logits(
-                    student_row, columns, V, student_bias, student_scale, student_softcap,
-                    STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP,
+                z, x, y = _logits(
+                    student_row, teacher_row, columns, V, K, teacher_ids,
+                    student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
+                    HAS_TEACHER, PARTIAL, PAIRED,
+                    STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
                 )  # fmt: skip
                 dz = tl.zeros((LANES, WIDTH), tl.float32)
                 if KD_GRADIENT:
-                    x, y = _compared_logits(
-                        z, teacher_row, columns, V, K, teacher_ids, teacher_bias, teacher_scale, teacher_softcap,
-                        PARTIAL, PAIRED, HAS_TEACHER, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
-                    )  # fmt: skip
-                    d_s, d_t = (x - top_s) * exponent, (y - top_t) * exponent
-                    p, q = exp2(d_t - log2_sum_t), exp2(d_s - log2_sum_s)
-                    f, g = POINTWISE(d_t * LN_2 - log_sum_t, d_s * LN_2 - log_sum_s, p, q, parameter)
+                    f, g, q = _terms(x, y, exponent, top_s, log_sum_s, top_t, log_sum_t, parameter, POINTWISE)
                     if not SUM_PASS:
                         loss += tl.sum(f, 1)
                     dz = kd_scale * (g - q * gradient_sum)
@@ -271,7 +278,7 @@ def row_kernel(
                         dz += ce_scale * q
                 if CE_GRADIENT:
                     if OWN_CE or not KD_GRADIENT:
-                        dz += ce_scale * exp2((z - top_z) * LOG2_E - log2_sum_z)
+                        dz += ce_scale * exp2((z - top_z) * LOG2_E - log_sum_z * LOG2_E)
                     dz -= tl.where(columns == label, ce_scale, 0.0)
                 if STUDENT_SOFTCAP:
                     ratio = z / student_softcap

@@ -29,7 +29,6 @@ STAGGER = 64
 # Of the row kernel; see Launch.
 LANES = 512
 NUM_WARPS = 8
-STAGES = 1
 PROGRAMS_PER_PROCESSOR = 4
 # Up to here the weight's gradient is summed over groups in its own dtype: a handful of roundings, 1.6 times the error of
 # one at four groups. Beyond, in fp32.
@@ -90,11 +89,10 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Launch:
-    """How the row kernel is laid out: LANES x WIDTH columns a block, loads in flight, warps and number of programs."""
+    """How the row kernel is laid out: LANES x WIDTH columns a block, warps and number of programs."""
 
     lanes: int
     width: int
-    stages: int
     num_warps: int
     num_programs: int
 
@@ -105,8 +103,7 @@ def layout(item_bytes: int, num_columns: int, num_processors: int) -> Launch:
     lanes = LANES
     while lanes > 32 and lanes * width >= 2 * num_columns:
         lanes //= 2
-    num_programs = max(1, int(PROGRAMS_PER_PROCESSOR * num_processors))
-    return Launch(lanes, width, STAGES, min(NUM_WARPS, lanes // 32), num_programs)
+    return Launch(lanes, width, min(NUM_WARPS, lanes // 32), PROGRAMS_PER_PROCESSOR * num_processors)
 
 
 def plan_groups(num_rows: int, row_bytes: int) -> int:
@@ -164,7 +161,7 @@ class _Run:
             dtype = torch.float32 if num_groups > GROUPS_IN_LOW_PRECISION else gradient_dtype
             make = torch.empty if self.num_rows else torch.zeros
             grad_weight = make(student.weight.shape, dtype=dtype, device=self.device)
-            grad_weight[self.num_grad_columns :] = 0.0
+            grad_weight[self.columns :] = 0.0
         if needs.bias:
             grad_bias = torch.zeros(student.weight.shape[0], dtype=torch.float32, device=self.device)
         if self.num_rows == 0:
@@ -174,14 +171,14 @@ class _Run:
         for start in range(0, self.num_rows, self.group_rows):
             rows = slice(start, min(start + self.group_rows, self.num_rows))
             self._logits_to_gradients(rows, terms)
-            dz = self.gradient[: rows.stop - start, : self.num_grad_columns]
+            dz = self.gradient[: rows.stop - start, : self.columns]
             if grad_input is not None:
-                _multiply(dz, student.weight[: self.num_grad_columns], out=grad_input[rows])
+                _multiply(dz, student.weight[: self.columns], out=grad_input[rows])
             if grad_weight is not None:
-                out = grad_weight[: self.num_grad_columns]
+                out = grad_weight[: self.columns]
                 _multiply(dz.T, student.input[rows], out=out, accumulate=start > 0)
             if grad_bias is not None:
-                grad_bias[: self.num_grad_columns] += dz.sum(0, dtype=torch.float32)
+                grad_bias[: self.columns] += dz.sum(0, dtype=torch.float32)
         if grad_weight is not None and grad_weight.dtype != gradient_dtype:
             grad_weight = grad_weight.to(gradient_dtype)
         if self.unit is not None:
@@ -189,10 +186,6 @@ class _Run:
                 if gradient is not None:
                     gradient.mul_(self.unit)
         return terms, Gradients(grad_input, grad_weight, grad_bias)
-
-    @property
-    def num_grad_columns(self) -> int:
-        return self.columns
 
     def _allocate(self) -> None:
         problem = self.problem
@@ -303,7 +296,6 @@ class _Run:
                 **_flags("TEACHER", teacher),
                 LANES=launch.lanes,
                 WIDTH=launch.width,
-                STAGES=launch.stages,
                 num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
             )
 

@@ -245,7 +245,7 @@ def test_tensors_kept_after_release_fail_loudly(placement: str) -> None:
 
 def test_tensors_of_another_kind_are_refused() -> None:
     with ring_pair("device") as (producer, _consumer), producer.reserve(0) as slot:
-        with pytest.raises(ValueError, match="expected one on cuda:0, this ring's device here, got cpu"):
+        with pytest.raises(ValueError, match="expected one on cuda:0, where this ring was attached, got cpu"):
             slot.copy_from(torch.zeros(4))
         with pytest.raises(ValueError, match=r"call \.contiguous"):
             slot.copy_from(torch.zeros(4, 4, device="cuda").T)

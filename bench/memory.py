@@ -1,4 +1,4 @@
-"""Peak memory of one step, and the private memory of a process tree.
+"""Peak memory of one step, and samples of a process tree's private memory and of a GPU's.
 
 On the host the peak is the kernel's own high-water mark of the resident set (VmHWM), reset through
 ``/proc/self/clear_refs`` right before the step. It sees everything that the process touches:
@@ -16,10 +16,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
@@ -85,22 +90,17 @@ def private_mib(pids: list[int]) -> float:
     return total_kib / 1024
 
 
-class TreeSampler:
-    """Samples the private memory of a process tree until left.
+class Sampler:
+    """Calls ``read`` (MiB) over and over in a thread until left."""
 
-    Pages that two processes share (a ring's slots, a library's code) are in nobody's private
-    memory, so the sum counts nothing twice. The kernel walks page tables for each sample, some
-    10 ms per GiB: more samples a second would slow down what they measure.
-    """
-
-    def __init__(self, root: int, *, interval_s: float = 0.5):
-        self.root = root
-        self.interval_s = interval_s
+    def __init__(self, read: Callable[[], float], *, interval_s: float):
+        self._read = read
+        self._interval_s = interval_s
         self._samples: list[tuple[float, float]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
-    def __enter__(self) -> TreeSampler:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -109,11 +109,40 @@ class TreeSampler:
         self._thread.join(timeout=10)
 
     def peak_until(self, moment: float) -> float:
-        """The highest sum up to a moment (seconds since the epoch), in MiB."""
+        """The highest sample up to a moment (seconds since the epoch), in MiB."""
         return max((mib for taken, mib in self._samples if taken <= moment), default=0.0)
 
     def _sample(self) -> None:
         while not self._stop.is_set():
             start = time.monotonic()
-            self._samples.append((time.time(), private_mib(process_tree(self.root))))
-            self._stop.wait(max(0.0, self.interval_s - (time.monotonic() - start)))
+            self._samples.append((time.time(), self._read()))
+            self._stop.wait(max(0.0, self._interval_s - (time.monotonic() - start)))
+
+
+class TreeSampler(Sampler):
+    """Samples the private memory of a process tree until left.
+
+    Pages that two processes share (a ring's slots, a library's code) are in nobody's private
+    memory, so the sum counts nothing twice. The kernel walks page tables for each sample, some
+    10 ms per GiB: more samples a second would slow down what they measure.
+    """
+
+    def __init__(self, root: int, *, interval_s: float = 0.5):
+        super().__init__(lambda: private_mib(process_tree(root)), interval_s=interval_s)
+
+
+class GpuSampler(Sampler):
+    """Samples a GPU's memory in use, all processes together; what was in use before is not counted.
+
+    That is what allocators hold, CUDA contexts included, not only what tensors fill: the amount
+    that a machine must have. ``index`` is as ``nvidia-smi`` counts.
+    """
+
+    def __init__(self, index: int):
+        before = gpu_used_mib(index)
+        super().__init__(lambda: gpu_used_mib(index) - before, interval_s=0.1)
+
+
+def gpu_used_mib(index: int) -> float:
+    command = ["nvidia-smi", f"--id={index}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout)

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from bench.cases.e2e_gpu_memory import GpuSampler
 from bench.cases.e2e_models import model_folders
 from bench.client import ROOT
-from bench.memory import TreeSampler, process_tree
+from bench.memory import GpuSampler, TreeSampler, process_tree
 from bench.model import UnavailableError
 from kdflow.config import RunConfig, load_config
 from kdflow.data import Step, load_datasets, training_steps

@@ -21,7 +21,7 @@ from bench.cases.ring_cuda_transports import (
     PinnedRingTransport,
     TorchCudaQueue,
 )
-from bench.cases.ring_providers import PACE_S, TIMEOUT_S, answer, latencies
+from bench.cases.ring_providers import PACE_S, TIMEOUT_S, answer, end, latencies
 from bench.model import Trial
 
 Params = Mapping[str, Any]
@@ -122,10 +122,7 @@ def transfer_trial(kind: type[CudaTransport], params: Params) -> Trial:
         }
 
     def close() -> None:
-        command.close()
-        process.join(timeout=5)
-        if process.is_alive():
-            process.kill()
+        end([command], [process])
         transport.close()
 
     steps: dict[str, Callable[[], dict[str, float]]] = {"throughput": throughput, "latency": latency, "idle": idle}

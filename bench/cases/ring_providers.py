@@ -12,8 +12,9 @@ import logging
 import multiprocessing
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -118,12 +119,7 @@ def transfer_trial(kind: type[Transport], params: Params) -> Trial:
         }
 
     def close() -> None:
-        for command in commands:
-            command.close()
-        for process in processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
+        end(commands, processes)
         transport.close()
 
     steps: dict[str, Callable[[], Mapping[str, float] | None]] = {
@@ -174,6 +170,16 @@ def answer(command: Connection, timeout_s: float = TIMEOUT_S) -> float:
     if not command.poll(timeout_s):
         raise TimeoutError(f"a producer gave no answer within {timeout_s:.0f} s")
     return command.recv()
+
+
+def end(commands: Sequence[Connection], processes: Sequence[BaseProcess]) -> None:
+    """The producers leave when their commands end."""
+    for command in commands:
+        command.close()
+    for process in processes:
+        process.join(timeout=5)
+        if process.is_alive():
+            process.kill()
 
 
 def latencies(seconds: list[float], wall_s: float) -> dict[str, float]:

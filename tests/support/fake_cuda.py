@@ -11,13 +11,21 @@ import functools
 import inspect
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kdflow.transport import CudaRing
 from support.processes import Spawned
+
+NUM_SLOTS = 2
+SLOT_BYTES = 4096
+PLACEMENTS = ("device", "pinned")
+NOTHING = dict.fromkeys(("allocations", "opened", "registered", "events", "contexts"), 0)
+NUMBERS = np.arange(24, dtype=np.float32).reshape(4, 6)
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 
@@ -121,3 +129,25 @@ def live() -> dict[str, int]:
 @functools.cache
 def _library() -> ctypes.CDLL:
     return ctypes.CDLL(os.environ["KDFLOW_CUDA_DRIVER"])
+
+
+@contextmanager
+def ring_pair(placement: str, *, devices: tuple[int, int] = (0, 0)) -> Iterator[tuple[CudaRing, CudaRing]]:
+    """A producer and a consumer in this process, on these devices."""
+    with CudaRing.create(name="hidden[0]", num_slots=NUM_SLOTS, slot_bytes=SLOT_BYTES, placement=placement) as made:
+        producer = CudaRing.attach(made.handle, role="producer", device=devices[0])
+        consumer = CudaRing.attach(made.handle, role="consumer", device=devices[1])
+        try:
+            yield producer, consumer
+        finally:
+            producer.close()
+            consumer.close()
+
+
+def received(consumer: CudaRing, ticket: int) -> np.ndarray:
+    """The record, copied out of the slot on the default stream."""
+    with consumer.receive(ticket, timeout_s=30) as slot:
+        target = FakeArray(np.zeros(slot.shape, np.float32), consumer.device)
+        slot.copy_to(target)
+    consumer.synchronize()
+    return target.numpy

@@ -9,23 +9,12 @@ import pytest
 
 from kdflow.errors import PeerDied, TransportError
 from kdflow.transport import CudaRing
-from support.fake_cuda import FakeArray, FakeStream, live, on_fake_driver
+from support.fake_cuda import NUMBERS, PLACEMENTS, FakeArray, FakeStream, live, on_fake_driver, received
 from support.processes import Spawned, say
-
-PLACEMENTS = ("device", "pinned")
-NUMBERS = np.arange(24, dtype=np.float32).reshape(4, 6)
 
 
 def create(placement: str) -> CudaRing:
     return CudaRing.create(name="hidden[0]", num_slots=2, slot_bytes=4096, placement=placement)
-
-
-def received(consumer: CudaRing, ticket: int) -> np.ndarray:
-    with consumer.receive(ticket, timeout_s=30) as slot:
-        target = FakeArray(np.zeros(slot.shape, np.float32), consumer.device)
-        slot.copy_to(target)
-    consumer.synchronize()
-    return target.numpy
 
 
 def produce(handle: str, tickets: list[int], device: int) -> None:

@@ -60,13 +60,50 @@ class StreamLease {
   DevicePtr address_;
 };
 
+// One event a slot, made beforehand: no commit can fail for want of one.
+class SlotEvents {
+ public:
+  SlotEvents(std::shared_ptr<const Device> device, std::uint64_t count) : device_(std::move(device)) {
+    const Device::Scope scope(*device_);
+    try {
+      for (events_.reserve(count); events_.size() < count;) {
+        EventHandle event = nullptr;
+        device_->driver().cuEventCreate(&event, kEventDisableTiming);
+        events_.push_back(event);
+      }
+    } catch (...) {
+      destroy();
+      throw;
+    }
+  }
+  ~SlotEvents() {
+    if (device_->forked()) return;
+    try {
+      const Device::Scope scope(*device_);
+      destroy();
+    } catch (const TransportError&) {  // the context is broken, and its events with it
+    }
+  }
+  SlotEvents(const SlotEvents&) = delete;
+
+  EventHandle operator[](std::uint64_t slot) const { return events_[slot]; }
+
+ private:
+  void destroy() {
+    for (const EventHandle event : events_) device_->driver().cuEventDestroy.status(event);
+  }
+
+  std::shared_ptr<const Device> device_;
+  std::vector<EventHandle> events_;
+};
+
 class Stage : public std::enable_shared_from_this<Stage> {
  public:
   Stage(Ring ring, int ordinal)
       : ring_(std::move(ring)),
         role_(ring_.member()->require_joined().identity.role()),
         device_(std::make_shared<const Device>(ordinal)),
-        events_(slots().count(), nullptr) {
+        events_(std::make_unique<SlotEvents>(device_, slots().count())) {
     if (!in_device_memory()) {
       memory_ = std::make_shared<PinnedPayload>(device_, slots());
     } else if (role_ == Role::consumer) {
@@ -79,6 +116,7 @@ class Stage : public std::enable_shared_from_this<Stage> {
       close(std::chrono::seconds(10), std::chrono::seconds(0));
     } catch (const TransportError&) {  // the GPU still works on the slots: what it uses stays, as does the thread
       static_cast<void>(completer_.release());
+      static_cast<void>(events_.release());
       static_cast<void>(new std::shared_ptr<Memory>(memory_));
     }
   }
@@ -125,9 +163,7 @@ class Stage : public std::enable_shared_from_this<Stage> {
     // Work on slots that were neither committed nor released: nothing of it may run when they get another owner.
     if (num_held_.load() > 0) device->driver().cuCtxSynchronize.status();
     completer_.reset();
-    for (const EventHandle event : events_) {
-      if (event != nullptr) device->driver().cuEventDestroy.status(event);
-    }
+    events_.reset();
     const bool owner = in_device_memory() && role_ == Role::consumer;
     if (owner) slab_descriptor(slots()).state.store(SlabDescriptor::withdrawn, std::memory_order_release);
     if (!owner) memory_.reset();
@@ -226,19 +262,13 @@ class Stage : public std::enable_shared_from_this<Stage> {
     return true;
   }
 
-  // The event of a slot; its holder alone comes here.
-  EventHandle event(std::uint64_t slot) {
-    if (events_[slot] == nullptr) device_->driver().cuEventCreate(&events_[slot], kEventDisableTiming);
-    return events_[slot];
-  }
-
   Ring ring_;
   const Role role_;
   std::shared_ptr<const Device> device_;
   std::shared_ptr<Memory> memory_;
   std::mutex slab_mutex_;
   std::optional<Peer> owner_;  // of the slab
-  std::vector<EventHandle> events_;
+  std::unique_ptr<SlotEvents> events_;
   std::atomic<std::size_t> num_held_{0};
   std::atomic<bool> closed_{false};
   std::unique_ptr<Completer> completer_;
@@ -314,7 +344,7 @@ inline void StreamLease::finish(Ending ending, const std::string& reason) {
         return lease.release();
     }
   }
-  const EventHandle event = stage_->event(slot);
+  const EventHandle event = (*stage_->events_)[slot];  // its holder's alone
   device.driver().cuEventRecord(event, stream);
   --stage_->num_held_;
   memory_.reset();  // a slot object that lies around keeps nothing alive

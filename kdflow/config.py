@@ -174,6 +174,22 @@ class TransportConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """What a run records of its own time, in `profile/` of its folder; each of them adds NVTX ranges on GPUs.
+
+    Args:
+        timeline: Write timeline.json: what teachers, rings and students did when, to be opened in ui.perfetto.dev.
+        num_steps: Steps of each student, and as many prefills of each teacher, that torch.profiler records with all
+            operators and kernels; 0 for none.
+        first_step: The first of them.
+    """
+
+    timeline: bool = False
+    num_steps: int = 0
+    first_step: int = 3
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One distillation run.
 
@@ -186,6 +202,7 @@ class RunConfig:
         optimizer: How weights move.
         training: Steps and batches.
         transport: The ring between the processes.
+        profile: Timeline and profiles of the run.
         seed: Of data order and dropout.
         resume: Go on from the newest checkpoint in output_dir.
         overwrite: Delete an earlier run in output_dir.
@@ -199,6 +216,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
@@ -218,6 +236,8 @@ class RunConfig:
             "training.save_every": 0,
             "training.log_every": 1,
             "transport.num_slots": 1,
+            "profile.num_steps": 0,
+            "profile.first_step": 1,
             "optimizer.warmup_steps": 0,
             "algorithm.kd_weight": 0.0,
             "algorithm.ce_weight": 0.0,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"kdflow.types", "kdflow.config", "kdflow.errors", "kdflow.registry"}
+LEAVES = {"kdflow.types", "kdflow.config", "kdflow.errors", "kdflow.registry", "kdflow.tracing"}
 DATA, TRANSPORT, MODELING = "kdflow.data", "kdflow.transport", "kdflow.modeling"
 
 # What modules of a package may import of kdflow, besides their own package.
@@ -19,6 +19,7 @@ ALLOWED = {
     "kdflow.errors": set(),
     "kdflow.registry": {"kdflow.errors"},
     "kdflow.config": {"kdflow.errors", "kdflow.registry"},
+    "kdflow.tracing": {"kdflow.config", "kdflow.errors"},
     DATA: LEAVES,
     TRANSPORT: LEAVES | {"kdflow._ring"},
     MODELING: LEAVES,

@@ -15,6 +15,7 @@ from kdflow.launcher.rank import RankSpec, run_rank
 from kdflow.launcher.teachers import TeacherProcess
 from kdflow.modeling import hide_progress_bars, resolve_device
 from kdflow.teacher.worker import WorkerSpec
+from kdflow.tracing import FOLDER, merged_timeline
 from kdflow.transport import RequestRing, choose_hidden_ring, create_hidden_ring, request_bytes
 
 
@@ -40,6 +41,8 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
     if choice.kind != "host":
         say(f"ring: {choice.kind} slots ({choice.reason})")
     with ExitStack() as stack:
+        # Entered first: the processes have ended when it merges what they wrote.
+        stack.enter_context(merged_timeline(config.profile, folder / FOLDER, transport.num_slots))
         requests = stack.enter_context(
             RequestRing.create(
                 name="requests",
@@ -59,6 +62,9 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
                 TeacherProcess(
                     WorkerSpec(
                         teacher=config.teacher,
+                        profile=config.profile,
+                        folder=str(folder),
+                        index=worker,
                         gpu=teacher_gpu(config, worker),
                         num_threads=teacher_threads,
                         requests=requests.handle,

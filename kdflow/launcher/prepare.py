@@ -13,10 +13,11 @@ from kdflow.data import Dataset, load_datasets
 from kdflow.errors import ConfigError
 from kdflow.modeling import load_model_config, load_tokenizer, resolve_device, resolve_dtype
 from kdflow.teacher import TEACHERS
+from kdflow.tracing import FOLDER
 
 CONFIG_FILE = "config.yaml"
 # What a run writes into its folder, and so what `overwrite` may delete.
-RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "logs", "model")
+RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "logs", "model", FOLDER)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from kdflow.launcher.prepare import Prepared, prepare
 from kdflow.modeling import hide_progress_bars, load_lm_head, resolve_device, resolve_dtype
 from kdflow.observe import Progress, Recorder
 from kdflow.student import CheckpointStore, FSDP2Student, export_model
+from kdflow.tracing import open_trace
 from kdflow.training import Observer, Trainer, plan
 from kdflow.transport import HiddenStatesClient, RequestRing, attach_hidden_ring
 
@@ -112,6 +113,11 @@ def run_rank(
         if config.resume and checkpoints.newest() is not None:
             num_steps_done = checkpoints.load(student)
         before_training()
+        trace = stack.enter_context(open_trace(config.profile, folder, "student", rank, device, host_is_ahead=True))
+        # The loss is the end of the module's forward: only a hook sees where it ends.
+        student.module.register_forward_hook(
+            lambda module, *_: trace.phase("backward" if module.training else "metrics")
+        )
         trainer = Trainer(
             student,
             _attach(spec, rank, device, stack),
@@ -120,6 +126,7 @@ def run_rank(
             save=lambda done: checkpoints.save(student, done),
             save_every=config.training.save_every,
             stop_requested=stack.enter_context(StopRequest().installed()),
+            trace=trace,
         )
         finished = trainer.run(
             plan(

@@ -14,12 +14,14 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
-from kdflow.config import TeacherConfig
+from kdflow.config import ProfileConfig, TeacherConfig
 from kdflow.modeling import hide_progress_bars
 from kdflow.teacher.base import TEACHERS, Teacher
+from kdflow.tracing import open_trace
 from kdflow.transport import HiddenStatesServer, RequestRing, attach_hidden_ring
 from kdflow.types import Microbatch
 
@@ -29,7 +31,9 @@ class WorkerSpec:
     """What a worker is told.
 
     Attributes:
-        teacher: the section of the run's config.
+        teacher, profile: the sections of the run's config.
+        folder: of the run.
+        index: of this worker.
         gpu: which one to take, counted round.
         num_threads: CPU threads.
         requests: handle of the request ring.
@@ -40,6 +44,9 @@ class WorkerSpec:
     """
 
     teacher: TeacherConfig
+    profile: ProfileConfig
+    folder: str
+    index: int
     gpu: int
     num_threads: int
     requests: str
@@ -54,7 +61,8 @@ class WorkerSpec:
     @staticmethod
     def from_json(text: str) -> WorkerSpec:
         values = json.loads(text)
-        return WorkerSpec(**{**values, "teacher": TeacherConfig(**values["teacher"])})
+        sections = {"teacher": TeacherConfig(**values["teacher"]), "profile": ProfileConfig(**values["profile"])}
+        return WorkerSpec(**{**values, **sections})
 
 
 class _Worker:
@@ -71,6 +79,10 @@ class _Worker:
             for rank, handle in enumerate(spec.hidden)
         }
         self._server = HiddenStatesServer(requests, hidden, timeout_s=spec.timeout_s)
+        folder, device = Path(spec.folder), self._teacher.device
+        self._trace = self._rings.enter_context(
+            open_trace(spec.profile, folder, "teacher", spec.index, device, host_is_ahead=False)
+        )
         ready = {"hidden_size": self._teacher.hidden_size, "dtype": str(self._teacher.dtype)}
         with os.fdopen(spec.ready_fd, "w") as announcement:
             announcement.write(json.dumps(ready) + "\n")
@@ -82,6 +94,7 @@ class _Worker:
                 self._teacher.dtype,
                 self._timed_prefill,
                 idle=self._stop_with_parent,
+                trace=self._trace,
             )
 
     def _timed_prefill(self, microbatch: Microbatch, out: torch.Tensor) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Protocol
 
@@ -11,6 +13,7 @@ import torch
 
 from kdflow.data import Step
 from kdflow.errors import TrainingError
+from kdflow.tracing import Trace
 from kdflow.training.metrics import EvalMetrics, StepMetrics, Totals, WaitTimer, perplexity
 from kdflow.training.schedule import Evaluation
 from kdflow.types import Microbatch
@@ -74,6 +77,7 @@ class Trainer:
         save: called with the number of finished steps whenever a checkpoint is due.
         save_every: steps between checkpoints; 0 for none but the last.
         stop_requested: asked after each step; any rank's yes stops all.
+        trace: gets the phases of each step; the student itself says where backward begins.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Trainer:
         save: Callable[[int], object],
         save_every: int,
         stop_requested: Callable[[], bool],
+        trace: Trace,
     ) -> None:
         self._student = student
         self._hidden_states = hidden_states
@@ -95,6 +100,8 @@ class Trainer:
         self._save = save
         self._save_every = save_every
         self._stop_requested = stop_requested
+        self._trace = trace
+        self._num_microbatches_done = 0
 
     def run(self, plan: Iterator[Step | Evaluation]) -> bool:
         """Works the plan off and saves; False where it was asked to stop before the end.
@@ -108,37 +115,62 @@ class Trainer:
         stopped = False
         for item in work:
             if isinstance(item, Evaluation):
-                self._evaluate(item, rows)
+                with self._trace.span("eval"):
+                    self._evaluate(item, rows)
                 continue
-            stopped = self._train(item, rows)
+            with self._trace.span("step", step=item.index + 1):
+                stopped = self._train(item, rows)
+            self._trace.end_of_step()
             num_steps_done = item.index + 1
             if stopped or (self._save_every and num_steps_done % self._save_every == 0):
-                self._save(num_steps_saved := num_steps_done)
+                with self._trace.span("save"):
+                    self._save(num_steps_saved := num_steps_done)
             if stopped:
                 return False
         if num_steps_done > num_steps_saved:
-            self._save(num_steps_done)
+            with self._trace.span("save"):
+                self._save(num_steps_done)
         return True
+
+    @contextmanager
+    def _next(self, rows: Iterator[HiddenRows], microbatch: Microbatch) -> Iterator[HiddenRows]:
+        """The teacher rows of `microbatch`; their slot is given back at the end."""
+        with self._trace.span("microbatch", ticket=self._num_microbatches_done, tokens=microbatch.num_tokens):
+            self._trace.phase("request")
+            with next(rows) as pending:
+                assert pending.microbatch is microbatch
+                self._trace.phase("forward")
+                yield pending
+                self._trace.phase("release")
+        self._num_microbatches_done += 1
+
+    def _received(self, pending: HiddenRows) -> torch.Tensor:
+        self._trace.phase("receive wait", ticket=self._num_microbatches_done)
+        tensor = pending.tensor()
+        self._trace.phase("loss")
+        return tensor
 
     def _train(self, step: Step, rows: Iterator[HiddenRows]) -> bool:
         totals = Totals(self._device)
         for microbatch in step.microbatches:
-            with next(rows) as pending:
-                assert pending.microbatch is microbatch
-                teacher_rows = WaitTimer(pending.tensor, self._clock)
+            with self._next(rows, microbatch) as pending:
+                teacher_rows = WaitTimer(partial(self._received, pending), self._clock)
                 output = self._student.forward_backward(
                     microbatch,
                     teacher_rows,
                     num_items=step.num_loss_tokens,
                     last=microbatch is step.microbatches[-1],
                 )
+                self._trace.phase("metrics")
                 totals.add(
                     output,
                     microbatch.num_loss_tokens,
                     prefill_s=pending.prefill_s,
                     wait=teacher_rows,
                 )
+        self._trace.phase("optimizer step")
         grad_norm, learning_rate = self._student.optimizer_step(step.index)
+        self._trace.phase("metrics")
         means, stop = totals.reduce(
             step.num_loss_tokens,
             loss_scale=1.0 / self._student.num_ranks,
@@ -176,9 +208,9 @@ class Trainer:
     def _evaluate(self, evaluation: Evaluation, rows: Iterator[HiddenRows]) -> None:
         totals = Totals(self._device)
         for microbatch in evaluation.microbatches:
-            with next(rows) as pending:
-                assert pending.microbatch is microbatch
-                output = self._student.evaluate(microbatch, pending.tensor, num_items=evaluation.num_loss_tokens)
+            with self._next(rows, microbatch) as pending:
+                received = partial(self._received, pending)
+                output = self._student.evaluate(microbatch, received, num_items=evaluation.num_loss_tokens)
                 totals.add(output, microbatch.num_loss_tokens, prefill_s=pending.prefill_s)
         means, _ = totals.reduce(evaluation.num_loss_tokens, loss_scale=1.0)
         metrics = EvalMetrics(

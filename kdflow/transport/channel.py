@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdflow.errors import PeerDied, RingCorrupt, RingTimeout
+from kdflow.tracing import OFF, Trace
 from kdflow.transport.cuda_ring import CudaRing
 from kdflow.transport.ring import HiddenRing, ReadSlot, RequestRing
 from kdflow.types import Microbatch
@@ -180,6 +181,7 @@ class HiddenStatesServer:
         prefill: Callable[[Microbatch, torch.Tensor], float],
         *,
         idle: Callable[[], None],
+        trace: Trace = OFF,
     ) -> None:
         """Answers requests until every student has left.
 
@@ -187,6 +189,7 @@ class HiddenStatesServer:
             prefill: writes the rows of a microbatch into `out` (N, hidden_size) and returns the
                 seconds it took. Its exception aborts the slot, of which the student is told.
             idle: called about once a second while nothing comes.
+            trace: gets the phases of each request.
         """
         while True:
             try:
@@ -200,8 +203,14 @@ class HiddenStatesServer:
             # leaves it to another one, a worker that dies after leaves an abandoned slot.
             with message:
                 request = PrefillRequest.decode(bytes(message.buffer()))
+                whose = {"rank": request.rank, "ticket": request.ticket}
                 ring = self._hidden[request.rank]
+                trace.phase("wait for slot", **whose)
                 slot = ring.reserve(request.ticket, timeout_s=self._timeout_s)
             with slot:
+                trace.phase("prefill", tokens=request.microbatch.num_tokens, **whose)
                 rows = slot.tensor((request.microbatch.num_loss_tokens, hidden_size), dtype)
                 slot.tag = round(prefill(request.microbatch, rows) * 1e9)
+                trace.phase("publish", **whose)
+            trace.phase()
+            trace.end_of_step()

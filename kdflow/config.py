@@ -17,7 +17,7 @@ from kdflow.registry import nearest
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 
-_DICT_OPTIONS = ("algorithm.divergence_args",)
+_DICT_OPTIONS = ("algorithm.divergence_args", "teacher.engine_args")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class TeacherConfig:
         device: Where the teacher runs; auto takes a GPU if there is one.
         num_workers: Teacher processes; they share the requests.
         num_threads: CPU threads of each worker; 0 divides the cores among the workers.
+        tp_size: GPUs that share each worker's weights (tensor parallelism); backend sglang alone has it.
+        engine_args: Further options of the engine, by its own names, such as mem_fraction_static of sglang.
+        max_restarts: How often a worker whose process was killed, or whose engine died, is started again.
+        check_every: Microbatches of a worker between probes that it is still the same teacher; 0 probes at the start
+            alone.
     """
 
     model: str
@@ -39,6 +44,10 @@ class TeacherConfig:
     device: Device = "auto"
     num_workers: int = 1
     num_threads: int = 0
+    tp_size: int = 1
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    max_restarts: int = 2
+    check_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -225,6 +234,9 @@ class RunConfig:
         at_least = {
             "teacher.num_workers": 1,
             "teacher.num_threads": 0,
+            "teacher.tp_size": 1,
+            "teacher.max_restarts": 0,
+            "teacher.check_every": 0,
             "student.num_ranks": 1,
             "student.num_threads": 0,
             "data.num_eval_samples": 0,

@@ -53,3 +53,11 @@ class TeacherDied(KdflowError):
 
 class TeacherTimeout(KdflowError):
     """A teacher process did not load in time."""
+
+
+class TeacherFault(KdflowError):
+    """A teacher whose hidden states cannot be trusted; the message names the likely cause and the remedy."""
+
+
+class EngineDied(KdflowError):
+    """A process of a teacher's engine ended; another try may go well."""

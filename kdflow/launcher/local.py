@@ -74,6 +74,7 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
                         ready_fd=-1,
                     ),
                     folder / "logs" / f"teacher-{worker}.log",
+                    say,
                 )
             )
             for worker in range(config.teacher.num_workers)
@@ -124,8 +125,8 @@ def _run_ranks(spec: RankSpec) -> bool:
 
 
 def teacher_gpu(config: RunConfig, worker: int) -> int:
-    """Behind the student's GPUs, as far as there are more."""
-    return config.student.num_ranks + worker
+    """The first one of a worker: behind the student's GPUs, as far as there are more."""
+    return config.student.num_ranks + worker * config.teacher.tp_size
 
 
 def gpu_pairs(config: RunConfig) -> list[tuple[int | None, int | None]]:

@@ -162,7 +162,13 @@ def _attach(spec: RankSpec, rank: int, device: torch.device, stack: ExitStack) -
     hidden = attach_hidden_ring(spec.hidden[rank], placement=spec.placement, role="consumer", device=device)
     stack.enter_context(hidden)
     requests = stack.enter_context(RequestRing.attach(spec.requests, role="producer"))
-    return HiddenStatesClient(requests, hidden, rank=rank, timeout_s=spec.config.transport.timeout_s)
+    return HiddenStatesClient(
+        requests,
+        hidden,
+        rank=rank,
+        timeout_s=spec.config.transport.timeout_s,
+        max_resends=spec.config.teacher.max_restarts,
+    )
 
 
 def _observers(config: RunConfig, folder: Path, num_steps_done: int, stack: ExitStack) -> list[Observer]:

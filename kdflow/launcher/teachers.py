@@ -1,4 +1,4 @@
-"""Teacher processes: started, watched, ended."""
+"""Teacher processes: started, watched, started again, ended."""
 
 from __future__ import annotations
 
@@ -7,37 +7,55 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from kdflow.errors import TeacherDied, TeacherTimeout
-from kdflow.teacher.worker import WorkerSpec
+from kdflow.teacher.worker import ENGINE_DIED, WorkerSpec
+from kdflow.transport import Seats
 
 _LOG_LINES = 12
+_TICK_S = 0.1
 
 
 class TeacherProcess:
     """One worker process; leaving the `with` block ends it.
 
+    Once it was ready it is watched: killed by a signal, or ended because its engine died, it is started again, as often
+    as `teacher.max_restarts` says. Meanwhile its seats at the rings are kept, so that students wait; what it was asked
+    for and had not begun goes to the next worker, what it was writing the student asks for again.
+
     Args:
         spec: what it is told, without `ready_fd`.
         log: file of its output.
+        say: told of each new start.
     """
 
-    def __init__(self, spec: WorkerSpec, log: Path) -> None:
+    def __init__(self, spec: WorkerSpec, log: Path, say: Callable[[str], None] = print) -> None:
+        self._spec = spec
         self._log = log
+        self._say = say
+        self._closing = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self._restarts_left = spec.teacher.max_restarts
+        self._seats = Seats(spec.requests, spec.hidden) if self._restarts_left else None
+        self._start()
+
+    def _start(self) -> None:
         self._ready_fd, write_fd = os.pipe()
-        told = WorkerSpec(**{**vars(spec), "ready_fd": write_fd})
+        told = WorkerSpec(**{**vars(self._spec), "ready_fd": write_fd})
         try:
-            with log.open("ab") as output:
+            with self._log.open("ab") as output:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "kdflow.teacher.worker", told.to_json()],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     pass_fds=(write_fd,),
-                    env={**os.environ, "OMP_NUM_THREADS": str(spec.num_threads)},
+                    env={**os.environ, "OMP_NUM_THREADS": str(self._spec.num_threads)},
                 )
         finally:
             os.close(write_fd)
@@ -51,7 +69,7 @@ class TeacherProcess:
         return self._process.poll()
 
     def wait_ready(self, timeout_s: float) -> dict[str, object]:
-        """What the worker announced once its model was loaded.
+        """What the worker announced once its model was loaded; from then on it is watched.
 
         Raises:
             TeacherDied: it ended instead.
@@ -70,7 +88,33 @@ class TeacherProcess:
         if not line:
             self._process.wait()
             self.check()
+        if self._seats is not None and self._watcher is None:
+            self._watcher = threading.Thread(target=self._watch, name="teacher-watch", daemon=True)
+            self._watcher.start()
         return json.loads(line)
+
+    def _watch(self) -> None:
+        """Starts it again while that may help and somebody asks; then gives the seats up."""
+        assert self._seats is not None
+        had_students = False
+        while not self._closing.wait(_TICK_S):
+            has_students = self._seats.has_students()
+            if had_students and not has_students:
+                break
+            had_students = had_students or has_students
+            code = self.exit_code
+            if code is None:
+                continue
+            if not (code < 0 or code == ENGINE_DIED) or self._restarts_left == 0:
+                break
+            self._restarts_left -= 1
+            self._say(
+                f"teacher process {self.pid} ended ({_how(code)}) and is started again, "
+                f"{self._restarts_left} more times at most; its log is {self._log}"
+            )
+            os.close(self._ready_fd)
+            self._start()
+        self._seats.leave()
 
     def check(self) -> None:
         """
@@ -79,9 +123,8 @@ class TeacherProcess:
         """
         code = self._process.poll()
         if code is not None:
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise TeacherDied(
-                f"teacher process {self.pid} ended with {how}; its last lines ({self._log}):\n{self._tail()}"
+                f"teacher process {self.pid} ended with {_how(code)}; its last lines ({self._log}):\n{self._tail()}"
             )
 
     def _tail(self) -> str:
@@ -97,6 +140,11 @@ class TeacherProcess:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._closing.set()
+        if self._watcher is not None:
+            self._watcher.join()
+        elif self._seats is not None:
+            self._seats.leave()
         os.close(self._ready_fd)
         self._process.terminate()
         try:
@@ -104,3 +152,7 @@ class TeacherProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _how(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from kdflow.modeling.decoder import head_options
 from kdflow.types import LMHead
 
 _HEAD_NAMES = ("lm_head", "output", "embed_out")
+_FINAL_NORM_SUFFIXES = ("model.norm.weight", "final_layernorm.weight")
+# Of a head that is packed integers, or scaled: what load_lm_head cannot read as a matrix.
+_QUANTISED = ("qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv", "scales", "weight.absmax")
 _EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 
@@ -107,6 +111,12 @@ def load_lm_head(model: str, dtype: torch.dtype) -> LMHead:
 def _read_lm_head(model: str, dtype: torch.dtype) -> LMHead:
     config = load_model_config(model)
     files = _tensor_files(_source(model))
+    quantised = [f"{n}.{part}" for n in _HEAD_NAMES for part in _QUANTISED if f"{n}.{part}" in files]
+    if quantised:
+        raise ConfigError(
+            f"{model}: its lm_head is quantised ({quantised[0]}), and the student needs it as a matrix; use a "
+            "checkpoint whose quantisation leaves lm_head out (most do), or the unquantised one"
+        )
     prefix = next((n for n in _HEAD_NAMES if f"{n}.weight" in files), None)
     if prefix is not None:
         weight_name = f"{prefix}.weight"
@@ -116,13 +126,30 @@ def _read_lm_head(model: str, dtype: torch.dtype) -> LMHead:
             raise ConfigError(f"{model}: found no lm_head.weight among {len(files)} tensors")
         weight_name = embeddings[0]
     bias_name = f"{prefix}.bias"
+    weight = _read(files[weight_name], weight_name)
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"{model}: its {weight_name} is quantised ({weight.dtype}), expected float32, bfloat16 or float16; use a "
+            "checkpoint whose quantisation leaves lm_head out (most do), or the unquantised one"
+        )
     logit_scale, softcap = head_options(config)
     return LMHead(
-        weight=_read(files[weight_name], weight_name).to(dtype),
+        weight=weight.to(dtype),
         bias=_read(files[bias_name], bias_name).to(dtype) if bias_name in files else None,
         logit_scale=logit_scale,
         softcap=softcap,
     )
+
+
+def load_final_norm(model: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The RMS norm before the head as a function of float32 rows; None where the model has none that is known."""
+    files = _tensor_files(_source(model))
+    names = [n for n in files if n.endswith(_FINAL_NORM_SUFFIXES) and "layers." not in n]
+    if len(names) != 1:
+        return None
+    weight = _read(files[names[0]], names[0]).float()
+    eps = load_model_config(model).get_text_config().to_dict().get("rms_norm_eps", 1e-6)
+    return lambda rows: rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def _read(path: str, name: str) -> torch.Tensor:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 
 from kdflow.config import TeacherConfig
-from kdflow.modeling import forward_hidden_states, load_decoder, resolve_device, resolve_dtype, to_device
-from kdflow.teacher.base import TEACHERS
+from kdflow.errors import ConfigError
+from kdflow.modeling import forward_hidden_states, load_causal_lm, resolve_device, resolve_dtype, to_device
+from kdflow.modeling.attention import packed_options
+from kdflow.teacher.base import TEACHERS, LocalTeacher, TeacherRings
 from kdflow.types import Microbatch
 
 
 @TEACHERS.register("hf")
-class HFTeacher:
-    """Runs the decoder, not the head, over packed samples."""
+class HFTeacher(LocalTeacher):
+    """Runs the decoder, not the head, over packed samples. The head is there for `token_logprobs` alone."""
 
     def __init__(self, config: TeacherConfig, *, gpu: int) -> None:
+        super().__init__()
+        if config.tp_size > 1 or config.engine_args:
+            raise ConfigError("teacher.tp_size and teacher.engine_args: backend hf has none; use backend sglang")
         self.device = resolve_device(config.device, gpu)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        self._decoder = load_decoder(config.model, self.dtype).to(self.device)
+        self._model: Any = load_causal_lm(config.model, self.dtype).to(self.device)
+        self._decoder = self._model.base_model
         self.hidden_size: int = self._decoder.config.get_text_config().hidden_size
 
     @torch.inference_mode()
@@ -37,3 +47,17 @@ class HFTeacher:
             out.copy_(hidden.index_select(0, rows))
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+
+    @torch.inference_mode()
+    def token_logprobs(self, samples: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """One sample at a time, with the model's own attention mask, scale and caps."""
+        found = []
+        for sample in samples:
+            ids = to_device(sample.astype(np.int64), self.device)
+            logits = self._model(ids[None], **packed_options((len(sample),), self.device)).logits[0, :-1]
+            found.append(logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0].cpu())
+        return found
+
+    def attach(self, rings: TeacherRings) -> None:
+        self._model = None  # with it the head, where it is not tied to the embeddings
+        super().attach(rings)

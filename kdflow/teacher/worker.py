@@ -1,8 +1,8 @@
 """A teacher process: `python -m kdflow.teacher.worker SPEC`, started by the launcher.
 
-SPEC is JSON (see WorkerSpec). The worker loads its teacher, announces itself with one line of
-JSON on the descriptor `ready_fd`, then answers requests until it is terminated or its parent
-is gone.
+SPEC is JSON (see WorkerSpec). The worker loads its teacher, checks it (preflight.py), announces
+itself with one line of JSON on the descriptor `ready_fd`, then answers requests until the students
+have left, it is terminated or its parent is gone.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import json
 import os
 import signal
 import sys
-import time
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from kdflow.config import ProfileConfig, TeacherConfig
+from kdflow.errors import EngineDied, KdflowError
 from kdflow.modeling import hide_progress_bars
-from kdflow.teacher.base import TEACHERS, Teacher
+from kdflow.teacher.base import TEACHERS, Teacher, TeacherRings
+from kdflow.teacher.preflight import Preflight
 from kdflow.tracing import open_trace
-from kdflow.transport import HiddenStatesServer, RequestRing, attach_hidden_ring
-from kdflow.types import Microbatch
+
+# Exit code of a worker whose engine died under it, so that starting it again may help.
+ENGINE_DIED = 75
 
 
 @dataclass(frozen=True)
@@ -68,40 +69,26 @@ class WorkerSpec:
 class _Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self._parent = os.getppid()
-        self._rings = ExitStack()
+        self._spec = spec
         torch.set_num_threads(spec.num_threads)
         self._teacher: Teacher = TEACHERS.get(spec.teacher.backend)(spec.teacher, gpu=spec.gpu)
-        requests = self._rings.enter_context(RequestRing.attach(spec.requests, role="consumer"))
-        hidden = {
-            rank: self._rings.enter_context(
-                attach_hidden_ring(handle, placement=spec.placement, role="producer", device=self._teacher.device)
-            )
-            for rank, handle in enumerate(spec.hidden)
-        }
-        self._server = HiddenStatesServer(requests, hidden, timeout_s=spec.timeout_s)
-        folder, device = Path(spec.folder), self._teacher.device
-        self._trace = self._rings.enter_context(
-            open_trace(spec.profile, folder, "teacher", spec.index, device, host_is_ahead=False)
-        )
-        ready = {"hidden_size": self._teacher.hidden_size, "dtype": str(self._teacher.dtype)}
-        with os.fdopen(spec.ready_fd, "w") as announcement:
-            announcement.write(json.dumps(ready) + "\n")
 
-    def serve(self) -> None:
-        with self._rings:
-            self._server.serve(
-                self._teacher.hidden_size,
-                self._teacher.dtype,
-                self._timed_prefill,
-                idle=self._stop_with_parent,
-                trace=self._trace,
-            )
-
-    def _timed_prefill(self, microbatch: Microbatch, out: torch.Tensor) -> float:
-        start = time.perf_counter()
-        if len(out):
-            self._teacher.prefill(microbatch, out)
-        return time.perf_counter() - start
+    def run(self) -> None:
+        """Checks the teacher, announces it, and serves until the students have left."""
+        spec, teacher = self._spec, self._teacher
+        try:
+            preflight = Preflight(spec.teacher, teacher)
+            teacher.attach(TeacherRings(spec.requests, tuple(spec.hidden), spec.placement, spec.timeout_s))
+            ready = {"hidden_size": teacher.hidden_size, "dtype": str(teacher.dtype)}
+            with os.fdopen(spec.ready_fd, "w") as announcement:
+                announcement.write(json.dumps(ready) + "\n")
+            folder, device = Path(spec.folder), teacher.device
+            with open_trace(spec.profile, folder, "teacher", spec.index, device, host_is_ahead=False) as trace:
+                limit = spec.teacher.check_every or None
+                while teacher.serve(limit=limit, idle=self._stop_with_parent, trace=trace):
+                    preflight.check_again()
+        finally:
+            teacher.close()
 
     def _stop_with_parent(self) -> None:
         if os.getppid() != self._parent:
@@ -112,7 +99,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's, which ends us
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     hide_progress_bars()
-    _Worker(WorkerSpec.from_json(sys.argv[1])).serve()
+    try:
+        _Worker(WorkerSpec.from_json(sys.argv[1])).run()
+    except KdflowError as error:
+        print(f"teacher: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(ENGINE_DIED if isinstance(error, EngineDied) else 1)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from kdflow.transport.channel import (
 )
 from kdflow.transport.cuda import RingChoice, choose_ring, cuda_available, cuda_unavailable_reason
 from kdflow.transport.cuda_ring import CudaReadSlot, CudaRing, CudaWriteSlot
-from kdflow.transport.hidden import attach_hidden_ring, choose_hidden_ring, create_hidden_ring
+from kdflow.transport.hidden import Seats, attach_hidden_ring, choose_hidden_ring, create_hidden_ring
 from kdflow.transport.ring import HiddenRing, ReadSlot, RequestRing, RingStats, WriteSlot
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "RequestRing",
     "RingChoice",
     "RingStats",
+    "Seats",
     "WriteSlot",
     "attach_hidden_ring",
     "choose_hidden_ring",

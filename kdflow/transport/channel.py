@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdflow.errors import PeerDied, RingCorrupt, RingTimeout
+from kdflow.errors import PeerDied, RingCorrupt, RingTimeout, TransportError
 from kdflow.tracing import OFF, Trace
 from kdflow.transport.cuda_ring import CudaRing
 from kdflow.transport.ring import HiddenRing, ReadSlot, RequestRing
@@ -132,13 +132,23 @@ class HiddenStatesClient:
         hidden: the data ring of this rank.
         rank: tells the teacher which data ring to answer into.
         timeout_s: longest wait for one answer or for room to ask, seconds.
+        max_resends: how often a microbatch is asked for again whose teacher died over it.
     """
 
-    def __init__(self, requests: RequestRing, hidden: HiddenRing | CudaRing, *, rank: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        requests: RequestRing,
+        hidden: HiddenRing | CudaRing,
+        *,
+        rank: int,
+        timeout_s: float,
+        max_resends: int = 0,
+    ) -> None:
         self._requests = requests
         self._hidden = hidden
         self._rank = rank
         self._timeout_s = timeout_s
+        self._max_resends = max_resends
         self._next_ticket = 0
 
     def prefetch(self, microbatches: Iterable[Microbatch]) -> Iterator[PendingRows]:
@@ -157,7 +167,22 @@ class HiddenStatesClient:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         request = PrefillRequest(self._rank, ticket, microbatch)
         self._requests.send(request.encode(), timeout_s=self._timeout_s)
-        return PendingRows(microbatch, lambda: self._hidden.receive(ticket, timeout_s=self._timeout_s))
+        return PendingRows(microbatch, lambda: self._receive(request))
+
+    def _receive(self, request: PrefillRequest) -> ReadSlot:
+        """The answer; a request that died with its teacher is sent again, for a teacher that lives or comes back."""
+        for resends_left in range(self._max_resends, -1, -1):
+            try:
+                return self._hidden.receive(request.ticket, timeout_s=self._timeout_s)
+            except PeerDied as death:
+                if resends_left == 0:
+                    raise
+                try:
+                    self._hidden.reclaim(request.ticket)
+                except TransportError:  # nobody died over this slot: nobody is there at all
+                    raise death from None
+                self._requests.send(request.encode(), timeout_s=self._timeout_s)
+        raise AssertionError
 
 
 class HiddenStatesServer:
@@ -181,24 +206,29 @@ class HiddenStatesServer:
         prefill: Callable[[Microbatch, torch.Tensor], float],
         *,
         idle: Callable[[], None],
+        limit: int | None = None,
         trace: Trace = OFF,
-    ) -> None:
-        """Answers requests until every student has left.
+    ) -> bool:
+        """Answers requests until every student has left, or `limit` are answered.
 
         Args:
             prefill: writes the rows of a microbatch into `out` (N, hidden_size) and returns the
                 seconds it took. Its exception aborts the slot, of which the student is told.
             idle: called about once a second while nothing comes.
             trace: gets the phases of each request.
+
+        Returns:
+            False when the students have left.
         """
-        while True:
+        num_answered = 0
+        while limit is None or num_answered < limit:
             try:
                 message = self._requests.lease(timeout_s=1.0)
             except RingTimeout:
                 idle()
                 continue
             except PeerDied:
-                return
+                return False
             # The request stays in the ring until its slot is ours: a worker that dies before
             # leaves it to another one, a worker that dies after leaves an abandoned slot.
             with message:
@@ -214,3 +244,5 @@ class HiddenStatesServer:
                 trace.phase("publish", **whose)
             trace.phase()
             trace.end_of_step()
+            num_answered += 1
+        return True

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from kdflow import _ring
 from kdflow.config import TransportConfig
 from kdflow.errors import ConfigError
 from kdflow.transport.cuda import RingChoice, choose_ring
 from kdflow.transport.cuda_ring import CudaRing
-from kdflow.transport.ring import HiddenRing, Role
+from kdflow.transport.ring import HiddenRing, RequestRing, Role
 
 if TYPE_CHECKING:
     import torch
@@ -55,3 +56,25 @@ def attach_hidden_ring(handle: str, *, placement: str, role: Role, device: torch
     if placement == "host" or device.type == "cpu":
         return HiddenRing.attach(handle, role=role)
     return CudaRing.attach(handle, role=role, device=device.index)
+
+
+class Seats:
+    """Peers that do nothing: while they sit, the other side of each ring knows that somebody will come.
+
+    Args:
+        requests: handle of the request ring, where a receiver sits.
+        hidden: handles of the data rings, of any kind, where producers sit; no GPU is touched.
+    """
+
+    def __init__(self, requests: str, hidden: Iterable[str]) -> None:
+        self._requests = RequestRing.attach(requests, role="consumer")
+        self._hidden = [_ring.Ring.attach(handle, role="producer", guard=False) for handle in hidden]
+
+    def has_students(self) -> bool:
+        """Whether anybody is there who asks."""
+        return bool(self._requests.peers()["producer"])
+
+    def leave(self) -> None:
+        for ring in self._hidden:
+            ring.close()
+        self._requests.close()

@@ -446,10 +446,10 @@ class RequestRing(_Ring):
 
     def try_receive(self) -> bytes | None:
         """As receive, without waiting."""
-        lease = self._native.try_receive(None)
-        if lease is None:
+        slot = self.try_lease()
+        if slot is None:
             return None
-        with ReadSlot(lease) as slot:
+        with slot:
             return bytes(slot.buffer())
 
     def lease(self, *, timeout_s: float = 30.0) -> ReadSlot:
@@ -459,3 +459,8 @@ class RequestRing(_Ring):
         answer's slot inside the block loses no request.
         """
         return ReadSlot(self._native.receive(None, timeout_s))
+
+    def try_lease(self) -> ReadSlot | None:
+        """As lease, without waiting."""
+        lease = self._native.try_receive(None)
+        return None if lease is None else ReadSlot(lease)

@@ -116,7 +116,7 @@ def test_ctrl_c_saves_and_resume_goes_on(run_config, tmp_path: Path) -> None:
 
 
 def test_dead_teacher_is_named_and_nothing_hangs(run_config) -> None:
-    config = run_config(training__num_steps=500)
+    config = run_config(training__num_steps=500, teacher__max_restarts=0)
     with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None

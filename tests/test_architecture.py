@@ -31,7 +31,7 @@ ALLOWED = {
 }
 # Engines are imported in one place each; the loss in those that compute with it.
 ONLY_IN = {
-    "sglang": {"kdflow/teacher/sglang.py", "kdflow/rollout/sglang.py"},
+    "sglang": {"kdflow/teacher/sglang", "kdflow/rollout/sglang"},
     "ray": {"kdflow/launcher/ray.py"},
     "kdflow_kernels": {"kdflow/algorithms/", "kdflow/student/fsdp2.py", "kdflow/training/"},
 }

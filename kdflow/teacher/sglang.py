@@ -1,0 +1,364 @@
+"""The teacher on SGLang: its scheduler writes hidden states into the ring, see sglang_plugin.py.
+
+This process takes requests and hands them to the engine, many at a time; no hidden state passes through it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import importlib.util
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from kdflow.config import TeacherConfig
+from kdflow.errors import ConfigError, EngineDied, PeerDied, TeacherFault
+from kdflow.modeling import load_model_config, resolve_device, resolve_dtype
+from kdflow.teacher import sglang_plugin
+from kdflow.teacher.base import TEACHERS, TeacherRings
+from kdflow.teacher.sglang_plugin import Errand
+from kdflow.tracing import OFF, Trace
+from kdflow.transport import HiddenRing, PrefillRequest, ReadSlot, RequestRing
+from kdflow.types import Microbatch
+
+T = TypeVar("T")
+
+OLDEST = "0.5.18"
+_TICK_S = 0.25
+
+# Options of the engine that are kdflow's to set, and where they come from.
+_OWN = {
+    "model_path": "teacher.model",
+    "device": "teacher.device",
+    "dtype": "teacher.dtype",
+    "tp_size": "teacher.tp_size",
+    "dp_size": "teacher.num_workers: each worker is a replica",
+    "enable_dp_attention": "nothing yet: hidden states are split over ranks there",
+    "pp_size": "teacher.tp_size",
+    "nnodes": "nothing yet: a teacher lives on one node",
+    "base_gpu_id": "the launcher, which counts GPUs",
+    "enable_return_hidden_states": "always on",
+    "disable_radix_cache": "always on: rows of a cached prefix are not computed",
+    "skip_tokenizer_init": "always on: token ids go in",
+    "custom_sigquit_handler": "kdflow",
+    "speculative_algorithm": "nothing: a teacher prefills",
+}
+
+
+@TEACHERS.register("sglang")
+class SGLangTeacher:
+    """An engine of one or more GPUs; requests go in as they come, and it batches and chunks them as it likes."""
+
+    def __init__(self, config: TeacherConfig, *, gpu: int) -> None:
+        self.device = resolve_device(config.device, gpu)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        self.hidden_size: int = load_model_config(config.model).get_text_config().hidden_size
+        self._num_workers = config.num_workers
+        self._requests: RequestRing | None = None
+        self._rings: TeacherRings | None = None
+        options = engine_options(config, self.device, self.dtype)
+        check_version()
+        _prepare_environment(self.device, config.tp_size)
+        on_term = signal.getsignal(signal.SIGTERM)
+        self._engine: Any = _start_engine(options)
+        self._loop: asyncio.AbstractEventLoop = self._engine.loop
+        self._death: asyncio.Future[str] = self._loop.create_future()
+        try:
+            self._run(self._handshake(on_term))
+        except BaseException:
+            self.close()
+            raise
+
+    # --- the engine ---
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs `work` while the engine lives.
+
+        Raises:
+            EngineDied: a process of it ended.
+        """
+
+        async def watched() -> T:
+            task = asyncio.ensure_future(work)
+            watch = asyncio.ensure_future(self._watch())
+            try:
+                await asyncio.wait({task, self._death}, return_when=asyncio.FIRST_COMPLETED)
+                if self._death.done() and not task.done():
+                    raise EngineDied(self._death.result())
+                return task.result()
+            finally:
+                watch.cancel()
+                task.cancel()
+
+        return self._loop.run_until_complete(watched())
+
+    async def _watch(self) -> None:
+        import psutil
+
+        processes = [psutil.Process(pid) for pid in self._engine.get_all_child_pids()]
+        while not self._death.done():
+            for process in processes:
+                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                    self._mourn(f"process {process.pid} of the SGLang engine ended")
+            await asyncio.sleep(_TICK_S)
+
+    def _mourn(self, message: str) -> None:
+        if not self._death.done():
+            self._death.set_result(f"{message}; its own messages, if it left any, are above")
+
+    async def _handshake(self, on_term: Any) -> None:
+        """Proves that the plugin answers in the scheduler, and takes the signals back that SGLang took."""
+        (reply,) = await self._generate([np.zeros(1, np.int32)], [Errand(ring="")])
+        self._loop.remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, on_term)
+        self._loop.add_signal_handler(signal.SIGQUIT, self._mourn, "a process of the SGLang engine reported an error")
+        if reply != [0]:
+            raise TeacherFault(
+                f"SGLang {_installed_version()} runs without kdflow's plugin: it should have answered [0], got "
+                f"{reply}. Its traceback is above if it failed to load; SGLANG_PLUGINS must not leave "
+                f"{sglang_plugin.KEY} out; after an update of kdflow, install it again"
+            )
+
+    async def _generate(self, samples: Sequence[np.ndarray], errands: Sequence[Errand]) -> list[Any]:
+        """Prefills; what the plugin replied to each."""
+        replies = await self._engine.async_generate(
+            input_ids=[sample.tolist() for sample in samples],
+            sampling_params=[
+                {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True, "custom_params": errand.to_params()}
+                for errand in errands
+            ],
+            return_hidden_states=True,
+        )
+        return [reply["meta_info"].get(sglang_plugin.KEY) for reply in replies]
+
+    async def _prefill(self, microbatch: Microbatch, errand: Errand) -> None:
+        """Has the loss rows of a microbatch written into the slot that `errand` names."""
+        samples, errands = split(microbatch, errand)
+        replies = await self._generate(samples, errands)
+        for sample, part, reply in zip(samples, errands, replies, strict=True):
+            if reply != [len(part.positions())]:
+                raise TeacherFault(
+                    f"ticket {errand.ticket}: expected {len(part.positions())} hidden states of a request of "
+                    f"{len(sample)} tokens, the plugin reports {reply}; is another plugin of SGLang in its way?"
+                )
+
+    # --- the teacher's side of the rings ---
+
+    def attach(self, rings: TeacherRings) -> None:
+        self._rings = rings
+        self._requests = RequestRing.attach(rings.requests, role="consumer")
+
+    def serve(self, *, limit: int | None, idle: Callable[[], None], trace: Trace = OFF) -> bool:
+        assert self._requests is not None, "attach first"
+        return self._run(self._serve(self._requests, limit, idle, trace))
+
+    async def _serve(self, requests: RequestRing, limit: int | None, idle: Callable[[], None], trace: Trace) -> bool:
+        window = -(-requests.num_slots // self._num_workers)
+        answering: set[asyncio.Task[None]] = set()
+        num_taken = 0
+        while True:
+            may_take = len(answering) < window and (limit is None or num_taken < limit)
+            try:
+                message = requests.try_lease() if may_take else None
+            except PeerDied:
+                return False
+            if message is not None:
+                answering.add(asyncio.ensure_future(self._answer(message)))
+                num_taken += 1
+                continue
+            if num_taken == limit and not answering:
+                return True
+            if not await self._wait(requests if may_take else None, answering):
+                idle()
+            for task in [task for task in answering if task.done()]:
+                answering.remove(task)
+                task.result()
+                trace.end_of_step()
+
+    async def _wait(self, requests: RequestRing | None, answering: set[asyncio.Task[None]]) -> bool:
+        """Until an answer is done or a request may be there; False after a second of neither."""
+        news = self._loop.create_future()
+        if requests is not None:
+            self._loop.add_reader(requests.ready_fd(), lambda: news.done() or news.set_result(None))
+        try:
+            done, _ = await asyncio.wait({news, *answering}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            return bool(done)
+        finally:
+            if requests is not None:
+                self._loop.remove_reader(requests.ready_fd())
+
+    async def _answer(self, message: ReadSlot) -> None:
+        """The request stays in the ring until it is answered: should we die before, another worker finds it."""
+        assert self._rings is not None
+        request = PrefillRequest.decode(bytes(message.buffer()))
+        errand = self._errand(self._rings.hidden[request.rank], self._rings.placement, request.ticket)
+        await self._prefill(request.microbatch, errand)
+        message.release()
+
+    def _errand(self, ring: str, placement: str, ticket: int) -> Errand:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Errand(ring=ring, placement=placement, ticket=ticket, dtype=dtype, asked_ns=time.monotonic_ns())
+
+    # --- preflight ---
+
+    def hidden_rows(self, samples: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        lengths = [len(sample) for sample in samples]
+        rows = np.setdiff1d(np.arange(sum(lengths)), np.cumsum(lengths) - 1).astype(np.int32)
+        microbatch = Microbatch(np.concatenate(samples).astype(np.int32), tuple(lengths), rows)
+        slot_bytes = len(rows) * self.hidden_size * self.dtype.itemsize
+        with (
+            HiddenRing.create(name="probe", num_slots=1, slot_bytes=slot_bytes) as ring,
+            HiddenRing.attach(ring.handle, role="consumer") as consumer,
+        ):
+            self._run(self._prefill(microbatch, self._errand(ring.handle, "host", 0)))
+            with consumer.receive(0) as slot:
+                return list(slot.tensor().clone().split([n - 1 for n in lengths]))
+
+    def token_logprobs(self, samples: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        replies = self._run(
+            self._engine.async_generate(
+                input_ids=[sample.tolist() for sample in samples],
+                sampling_params={"max_new_tokens": 1, "temperature": 0.0},
+                return_logprob=True,
+                logprob_start_len=0,
+            )
+        )
+        # (log-probability, id, text) of each token; the first one has none.
+        return [torch.tensor([p for p, *_ in r["meta_info"]["input_token_logprobs"][1:]]) for r in replies]
+
+    def close(self) -> None:
+        if self._requests is not None:
+            self._requests.close()
+        self._engine.shutdown()
+
+
+def split(microbatch: Microbatch, errand: Errand) -> tuple[list[np.ndarray], list[Errand]]:
+    """The samples of a microbatch as requests: each as long as its last loss row, those without one left out.
+
+    Args:
+        errand: of the whole microbatch; `num_rows`, `first_row` and `rows` are filled in here.
+    """
+    samples, errands = [], []
+    errand = replace(errand, num_rows=microbatch.num_loss_tokens)
+    begin = 0
+    for length in microbatch.sequence_lengths:
+        first, last = np.searchsorted(microbatch.loss_rows, (begin, begin + length))
+        if last > first:
+            rows = microbatch.loss_rows[first:last] - begin
+            samples.append(microbatch.input_ids[begin : begin + int(rows[-1]) + 1])
+            errands.append(replace(errand, first_row=int(first), rows=Errand.pack(rows)))
+        begin += length
+    if not samples:  # the record is wanted all the same
+        return [microbatch.input_ids[:1]], [errand]
+    return samples, errands
+
+
+def engine_options(config: TeacherConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Keywords of sglang.Engine.
+
+    Raises:
+        ConfigError: teacher.engine_args sets what is kdflow's to set.
+    """
+    for name in config.engine_args:
+        if name in _OWN:
+            raise ConfigError(f"teacher.engine_args: {name} is set by {_OWN[name]}; leave it out")
+    options: dict[str, Any] = {
+        "model_path": str(Path(config.model).expanduser()),
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tp_size": config.tp_size,
+        "enable_return_hidden_states": True,
+        "disable_radix_cache": True,
+        "skip_tokenizer_init": True,
+        "custom_sigquit_handler": _on_sigquit,
+        # A teacher never decodes, which is what graphs are for.
+        "disable_cuda_graph": True,
+        "log_level": "error",
+    }
+    if device.type == "cuda":
+        last = (device.index or 0) + config.tp_size
+        if last > torch.cuda.device_count():
+            raise ConfigError(
+                f"teacher.tp_size: {config.tp_size} GPUs from {device.index} on are needed, there are "
+                f"{torch.cuda.device_count()}"
+            )
+        options["base_gpu_id"] = device.index
+    else:
+        options |= {"mem_fraction_static": 0.5, "max_total_tokens": 16384}
+    return options | config.engine_args
+
+
+def check_version() -> None:
+    """
+    Raises:
+        ConfigError: SGLang is missing or too old.
+    """
+    found = _installed_version()
+    if found is None:
+        raise ConfigError(
+            f"teacher.backend: sglang is not installed; pip install 'sglang>={OLDEST}', or use backend hf"
+        )
+    if _numbers(found) < _numbers(OLDEST):
+        raise ConfigError(f"teacher.backend: expected sglang {OLDEST} or later, got {found}; update it")
+
+
+def _installed_version() -> str | None:
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def _prepare_environment(device: torch.device, tp_size: int) -> None:
+    """What SGLang reads when it is imported, here and in its processes."""
+    os.environ[sglang_plugin.VARIABLE] = "1"
+    if device.type == "cpu":
+        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+        if tp_size > 1:
+            cores = sorted(os.sched_getaffinity(0))
+            shares = [cores[rank::tp_size] or cores for rank in range(tp_size)]
+            binding = "|".join(",".join(map(str, share)) for share in shares)
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", binding)
+
+
+def _start_engine(options: dict[str, Any]) -> Any:
+    """
+    Raises:
+        EngineDied: it did not come up; its own messages are in the log.
+    """
+    from sglang.srt.entrypoints.engine import Engine
+
+    if not _has_plugins():
+
+        class HookedEngine(Engine):
+            run_scheduler_process_func = staticmethod(sglang_plugin.run_scheduler_process)
+
+        return HookedEngine(**options)
+    return Engine(**options)
+
+
+def _has_plugins() -> bool:
+    """Whether this SGLang loads plugins and ours is among them."""
+    if importlib.util.find_spec("sglang.srt.plugins") is None:
+        return False
+    found = importlib.metadata.entry_points(group="sglang.srt.plugins")
+    return any(point.name == sglang_plugin.KEY for point in found)
+
+
+def _on_sigquit(signum: int, frame: FrameType | None) -> None:
+    """SGLang's processes send this signal when they fail while the engine starts."""
+    raise EngineDied("a process of the SGLang engine failed while it started; its messages are above")

@@ -1,0 +1,210 @@
+"""Runs inside SGLang's scheduler: right after a forward, loss rows go from where they were computed into the ring.
+
+SGLang loads it in every run through the entry point `sglang.srt.plugins`; it does nothing unless KDFLOW_SGLANG_CAPTURE
+is set, as kdflow/teacher/sglang.py does, and touches no request but those that bring an Errand. What SGLang itself does
+with hidden states, copying them to the host and making lists, is off for these.
+
+An answered errand comes back as `meta_info["kdflow"]`: the number of rows in the ring, which the worker compares with
+what it asked for. So a plugin that was not loaded is noticed at the first request.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdflow.errors import RingTimeout, TransportError
+from kdflow.transport import CudaRing, CudaWriteSlot, HiddenRing, WriteSlot, attach_hidden_ring
+
+VARIABLE = "KDFLOW_SGLANG_CAPTURE"
+KEY = "kdflow"
+TARGET = "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation"
+
+
+@dataclass(frozen=True)
+class Errand:
+    """What a request brings: which of its rows go where. Travels as sampling_params.custom_params.
+
+    Attributes:
+        ring: handle of the data ring, or "" for one that only asks whether somebody is here.
+        placement: where its slots lie.
+        ticket: of the record.
+        dtype: of the record.
+        num_rows: of the whole record, which several requests share.
+        first_row: where the rows of this request begin in it.
+        rows: positions in the request, ascending, as base64 of int32.
+        asked_ns: monotonic clock when it was sent.
+    """
+
+    ring: str
+    placement: str = "host"
+    ticket: int = 0
+    dtype: str = "float32"
+    num_rows: int = 0
+    first_row: int = 0
+    rows: str = ""
+    asked_ns: int = 0
+
+    @staticmethod
+    def pack(rows: np.ndarray) -> str:
+        return base64.b64encode(rows.astype(np.int32).tobytes()).decode()
+
+    def positions(self) -> np.ndarray:
+        return np.frombuffer(base64.b64decode(self.rows), np.int32)
+
+    def to_params(self) -> dict[str, Any]:
+        return {KEY: asdict(self)}
+
+    @staticmethod
+    def of(request: Any) -> Errand | None:
+        """The errand of an SGLang request, if it brings one."""
+        params = request.sampling_params.custom_params
+        return Errand(**params[KEY]) if params and KEY in params else None
+
+
+class _Record:
+    """A slot that is being filled; without one (it was given up, or is another's) rows are only counted."""
+
+    def __init__(self, slot: WriteSlot | CudaWriteSlot | None, errand: Errand, hidden_size: int) -> None:
+        self.slot = slot
+        self.num_missing = errand.num_rows
+        self._done: dict[int, int] = {}  # by first_row: how many rows of that request are through
+        shape = (errand.num_rows, hidden_size)
+        self._rows = None if slot is None else slot.tensor(shape, getattr(torch, errand.dtype))
+
+    def write(self, errand: Errand, hidden: torch.Tensor, prefix: int) -> int:
+        """Takes the rows of one request that this forward computed.
+
+        Args:
+            hidden: (n, H) of the positions `prefix` to `prefix + n` of the request.
+
+        Returns:
+            How many rows of this request are through.
+        """
+        positions, done = errand.positions(), self._done.get(errand.first_row, 0)
+        first, last = np.searchsorted(positions, (prefix, prefix + len(hidden)))
+        if first > done:
+            self.give_up(
+                f"{first - done} rows of a request lie in a prefix of {prefix} tokens that was not computed; turn the "
+                "engine's prefix cache off (disable_radix_cache)"
+            )
+        first = max(first, done)  # a request that was taken back computes rows again
+        if last > first and self._rows is not None:
+            index = torch.from_numpy(positions[first:last].astype(np.int64) - prefix)
+            if hidden.is_cuda:
+                index = index.pin_memory().to(hidden.device, non_blocking=True)
+            at = errand.first_row
+            self._rows[at + first : at + last].copy_(hidden.index_select(0, index))
+        self._done[errand.first_row] = max(last, done)
+        self.num_missing -= max(last - done, 0)
+        return self._done[errand.first_row]
+
+    def give_up(self, reason: str) -> None:
+        if self.slot is not None:
+            self._rows = None
+            self.slot.abort(reason)
+            self.slot = None
+
+    def publish(self, asked_ns: int) -> None:
+        if self.slot is not None:
+            self._rows = None
+            self.slot.tag = time.monotonic_ns() - asked_ns
+            self.slot.commit()
+
+
+class Capture:
+    """The rings and open records of this process."""
+
+    def __init__(self) -> None:
+        self._rings: dict[str, HiddenRing | CudaRing] = {}
+        self._open: dict[tuple[str, int], _Record] = {}
+        self._published_ns = 0
+
+    def take(self, errand: Errand, hidden: torch.Tensor, prefix: int) -> int:
+        """Writes what a forward computed of one request; see _Record.write."""
+        if not errand.ring:
+            return 0
+        key = (errand.ring, errand.ticket)
+        record = self._open.get(key)
+        if record is None:
+            record = self._open[key] = _Record(self._reserve(errand, hidden.device), errand, hidden.shape[1])
+        done = record.write(errand, hidden, prefix)
+        if record.num_missing == 0:
+            del self._open[key]
+            # Records overlap in the engine; each is told the time since the one before.
+            record.publish(max(errand.asked_ns, self._published_ns))
+            self._published_ns = time.monotonic_ns()
+        return done
+
+    def _reserve(self, errand: Errand, device: torch.device) -> WriteSlot | CudaWriteSlot | None:
+        """The slot, or None where somebody else has the ticket or has answered it: it was asked for twice."""
+        try:
+            return self._ring(errand, device).reserve(errand.ticket)
+        except RingTimeout:
+            raise
+        except TransportError:
+            return None
+
+    def _ring(self, errand: Errand, device: torch.device) -> HiddenRing | CudaRing:
+        # A ring whose student has left is over; its handle may come again and mean another one.
+        for handle in [h for h, ring in self._rings.items() if not ring.peers()["consumer"]]:
+            self._rings.pop(handle).close()
+        if errand.ring not in self._rings:
+            self._rings[errand.ring] = attach_hidden_ring(
+                errand.ring, placement=errand.placement, role="producer", device=device
+            )
+        return self._rings[errand.ring]
+
+
+_capture = Capture()
+
+
+def after_forward(result: Any, worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> None:
+    """Hook behind TpModelWorker.forward_batch_generation."""
+    output = result.logits_output
+    if batch is None or output is None or not batch.forward_mode.is_extend():
+        return
+    errands = [Errand.of(request) for request in batch.reqs]
+    if not any(errands):
+        return
+    hidden, output.hidden_states = output.hidden_states, None
+    replies: list[int | None] = [None] * len(errands)
+    if worker.model_runner.tp_rank == 0:
+        begin = 0
+        for index, (errand, prefix, n) in enumerate(zip(errands, batch.prefix_lens, batch.extend_lens, strict=True)):
+            if errand is not None:
+                replies[index] = _capture.take(errand, hidden[begin : begin + n], prefix)
+            begin += n
+    output.customized_info = {KEY: replies}
+
+
+def register() -> None:
+    """Entry point of `sglang.srt.plugins`."""
+    if VARIABLE in os.environ:
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        HookRegistry.register(TARGET, after_forward, HookType.AFTER)
+
+
+def run_scheduler_process(*args: Any, **kwargs: Any) -> Any:
+    """SGLang's scheduler process with the hook, for releases or installations without its plugins."""
+    from sglang.srt.managers import scheduler
+    from sglang.srt.managers.tp_worker import TpModelWorker
+
+    forward = TpModelWorker.forward_batch_generation
+
+    @functools.wraps(forward)
+    def hooked(self: Any, *inner: Any, **named: Any) -> Any:
+        result = forward(self, *inner, **named)
+        after_forward(result, self, *inner, **named)
+        return result
+
+    TpModelWorker.forward_batch_generation = hooked
+    return scheduler.run_scheduler_process(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Builds the C++ extension `kdflow._ring` with CMake; everything else is in pyproject.toml."""
+"""Builds the C++ extensions with CMake; everything else is in pyproject.toml."""
 
 import subprocess
 import sys
@@ -9,10 +9,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+EXTENSIONS = ("kdflow._ring", "kdflow_kernels._rows")
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake and Ninja for the one extension; needs neither CUDA nor torch."""
+    """Runs CMake and Ninja, a target for each extension; needs neither CUDA nor torch."""
 
     def build_extension(self, ext: Extension) -> None:
         library_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -27,12 +28,12 @@ class CMakeBuild(build_ext):
             "-G",
             "Ninja",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={library_dir}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build_dir), "--target", "_ring"], check=True)
+        target = ext.name.rpartition(".")[2]
+        subprocess.run([*configure, f"-DKDFLOW{target.upper()}_DIR={library_dir}"], check=True)
+        subprocess.run(["cmake", "--build", str(build_dir), "--target", target], check=True)
 
 
-setup(ext_modules=[Extension("kdflow._ring", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension(name, sources=[]) for name in EXTENSIONS], cmdclass={"build_ext": CMakeBuild})

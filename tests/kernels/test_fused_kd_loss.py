@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from kd_oracle import BY_HAND, Case, by_hand, check_against_oracle, ours
 from torch import Tensor
 
-from kdflow_kernels import JSD, FusedKDLoss, fused_kd_loss, list_divergences, torch_backend
+from kdflow_kernels import (
+    JSD,
+    FusedKDLoss,
+    fused_kd_loss,
+    list_divergences,
+    native_rows,
+    tiled_logits,
+    torch_backend,
+    torch_rows,
+)
+from kdflow_kernels.native_rows import NativeRows
 
 # What a case may vary. Every pair of values of two different factors occurs together in at least one of the cases that
 # pairwise() makes: faults that need three options at once are left to hypothesis below.
@@ -116,12 +126,22 @@ def describe(case: dict) -> str:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch):
     """Several tiles, none of them even, at shapes that a test can afford."""
-    monkeypatch.setattr(torch_backend, "TILE_COLUMNS", 32)
-    monkeypatch.setattr(torch_backend, "ROW_STEP_NUMBERS", 300)
+    monkeypatch.setattr(tiled_logits, "TILE_COLUMNS", 32)
+    monkeypatch.setattr(torch_rows, "ROW_STEP_NUMBERS", 300)
+
+
+@pytest.fixture(params=["torch", *native_rows.instruction_sets()])
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both row steps of the torch backend, the native one as compiled for each of the processor's instruction sets."""
+    if request.param == "torch":
+        monkeypatch.setattr(NativeRows, "covers", lambda *_: False)
+    else:
+        monkeypatch.setattr(NativeRows, "instruction_set", request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("case", pairwise(FACTORS), ids=describe)
-def test_covering_design(case: dict):
+def test_covering_design(case: dict, rows: str):
     made, dtype = covering_case(case)
     # A tie that rounding breaks the other way moves these by a jump; eager has as many, in other places.
     jumps = case["divergence"] in ("hierarchical_ranking", "adaptive_kl", "top1_ce", "tvd")
@@ -137,9 +157,11 @@ def test_reference_backend(divergence: str):
 
 @pytest.mark.parametrize("vocabulary", ["same", "padded", "paired"])
 @pytest.mark.parametrize("num_rows", [13, 120])
-def test_bf16_products_of_a_cpu_that_has_them(vocabulary: str, num_rows: int, monkeypatch: pytest.MonkeyPatch):
+def test_bf16_products_of_a_cpu_that_has_them(
+    vocabulary: str, num_rows: int, rows: str, monkeypatch: pytest.MonkeyPatch
+):
     """What CPUs with fast bf16 run; correct, if slow, on all."""
-    monkeypatch.setattr(torch_backend, "multiply_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr(tiled_logits, "multiply_dtype", lambda dtype, device: dtype)
     case = make(num_rows=num_rows, vocabulary=vocabulary, ce_weight=0.3, student_bias=vocabulary == "padded", vocab=150)
     check_against_oracle(case, torch.bfloat16)
     case.options["grad_filter_eps"] = 1e-9
@@ -180,7 +202,7 @@ def test_few_rows_and_all_ignored(num_rows: int, ignore: bool, reduction: str, b
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divergence", list_divergences())
-def test_logits_of_ten_thousand(divergence: str, dtype: torch.dtype):
+def test_logits_of_ten_thousand(divergence: str, dtype: torch.dtype, rows: str):
     """Rows as good as one-hot on both sides, the same token or another: nothing overflows."""
     case = make(divergence=divergence, ce_weight=0.5, num_rows=6)
     for side in ("student", "teacher"):
@@ -234,7 +256,7 @@ def test_fields():
             assert value.requires_grad == (name == "loss")
 
 
-def test_agreement_finds_the_top_token_of_a_wide_row():
+def test_agreement_finds_the_top_token_of_a_wide_row(rows: str):
     """The argmax in two steps, at every kind of place: first block, a later one, the columns left over."""
     vocab = 5 * 128 + 17
     hidden = torch.eye(4)
@@ -262,7 +284,7 @@ def test_cross_entropy_alone():
     assert output.teacher_entropy.isnan()
 
 
-def test_teacher_of_another_dtype():
+def test_teacher_of_another_dtype(rows: str):
     case = make().cast(torch.float32)
     low = {n: t.bfloat16() if n.startswith("teacher") else t for n, t in case.tensors.items()}
     same = {n: t.bfloat16().float() if n.startswith("teacher") else t for n, t in case.tensors.items()}

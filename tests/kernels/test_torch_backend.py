@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from kdflow_kernels import fused_kd_loss, torch_backend
+from kdflow_kernels import fused_kd_loss, tiled_logits
 
 MEASURE = """
 import sys, threading, time, torch
@@ -70,11 +70,11 @@ def test_peak_memory_is_far_below_eagers():
 @pytest.mark.parametrize("width", [5, 8, 64])
 def test_weight_gradients_never_overwrite_logits_still_needed(num_rows: int, width: int, monkeypatch):
     """Replays the order of the writes: every block must be intact when its turn comes."""
-    monkeypatch.setattr(torch_backend, "TILE_COLUMNS", width)
+    monkeypatch.setattr(tiled_logits, "TILE_COLUMNS", width)
     hidden_size, num_columns = 8, 37
-    tiles = torch_backend._tiles(num_columns, None)
+    tiles = tiled_logits.tiles(num_columns, None)
     home = torch.full((num_columns * hidden_size,), -1.0)
-    spans = torch_backend._spans(num_columns, num_rows, home.dtype, home.device, home, hidden_size)
+    spans = tiled_logits.spans(num_columns, num_rows, home.dtype, home.device, home, hidden_size)
     blocks = [block for span in spans for block in span.blocks]
     assert [block.shape for block in blocks] == [(num_rows, tile.width) for tile in tiles]
     for number, block in enumerate(blocks):

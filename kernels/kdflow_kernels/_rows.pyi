@@ -1,0 +1,51 @@
+"""csrc/src/rows/bindings.cpp. Addresses are of tensors' first elements, 0 for none; see rows.hpp."""
+
+class Divergence:
+    NONE: Divergence
+    FORWARD_KL: Divergence
+    REVERSE_KL: Divergence
+    JSD: Divergence
+    SKEWED_FORWARD_KL: Divergence
+    SKEWED_REVERSE_KL: Divergence
+    TVD: Divergence
+    JEFFREYS: Divergence
+
+class Options:
+    def __init__(
+        self,
+        *,
+        divergence: Divergence,
+        parameter: float,
+        temperature: float,
+        kd_weight: float,
+        ce_weight: float,
+        logit_scale: float,
+        softcap: float,
+        num_compared: int,
+        tile_columns: int,
+        form_gradients: bool,
+    ) -> None: ...
+
+class Logits:
+    def __init__(
+        self, *, bfloat16: bool = False, tiles: int = 0, num_tiles: int = 0, maxima: int = 0, maxima_stride: int = 0
+    ) -> None: ...
+
+def instruction_sets() -> list[str]: ...
+def run(
+    *,
+    options: Options,
+    student: Logits,
+    first_row: int,
+    teacher: Logits,
+    num_rows: int,
+    labels: int,
+    row_scale: int,
+    kd: int,
+    ce: int,
+    student_entropy: int,
+    teacher_entropy: int,
+    agreement: int,
+    num_threads: int,
+    instruction_set: str,
+) -> None: ...

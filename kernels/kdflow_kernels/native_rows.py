@@ -1,0 +1,126 @@
+"""The row step in C++ (csrc/src/rows): one pass over a row where torch takes a dozen, so CPUs run at the speed of their GEMMs.
+
+For the divergences that ship with this package and fp32 arithmetic on the CPU; ``torch_rows`` serves the rest, and
+everything where the extension was not built. What was built for several instruction sets runs with the best the
+processor has, on torch's own threads.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kdflow_kernels import divergences, tiled_logits
+from kdflow_kernels.problem import Problem, RowTerms
+from kdflow_kernels.tiled_logits import Blocks
+
+try:
+    from kdflow_kernels import _rows
+except ImportError:
+    _rows = None  # type: ignore[assignment]
+
+
+def instruction_sets() -> list[str]:
+    """Those this build can use on this processor, the best first; none where the extension is missing."""
+    return [] if _rows is None else _rows.instruction_sets()
+
+
+class NativeRows:
+    """See ``torch_rows.TorchRows``, whose place it takes where ``covers`` says so."""
+
+    instruction_set = ""  # the best; tests name others
+
+    def __init__(self, problem: Problem, labels: Tensor | None, blocks: Blocks, terms: RowTerms, form_gradients: bool):
+        assert _rows is not None
+        self.row_scale = problem.row_scale.contiguous()
+        self.labels = None if labels is None else labels.contiguous()
+        self.blocks, self.terms = blocks, terms
+        kind, parameter = _twin(problem) or ("NONE", 0.0)
+        self.options = _rows.Options(
+            divergence=getattr(_rows.Divergence, kind),
+            parameter=parameter,
+            temperature=problem.temperature,
+            kd_weight=problem.kd_weight,
+            ce_weight=problem.ce_weight,
+            logit_scale=problem.student.logit_scale,
+            softcap=problem.student.softcap or 0.0,
+            num_compared=problem.num_compared,
+            tile_columns=tiled_logits.TILE_COLUMNS,
+            form_gradients=form_gradients,
+        )
+        # Addresses of tiles; they must live as long as what points to them.
+        self.student_table, self.student = _logits(blocks.student_tiles(), blocks.student_maxima)
+        self.teacher_table, self.teacher = _logits(blocks.teacher_tiles(), blocks.teacher_maxima)
+
+    @staticmethod
+    def covers(problem: Problem, blocks: Blocks) -> bool:
+        tiles = [*blocks.student_tiles(), *blocks.teacher_tiles()]
+        return (
+            _rows is not None
+            and problem.row_scale.device.type == "cpu"
+            and problem.row_scale.dtype == torch.float32
+            and all(tile.dtype in (torch.float32, torch.bfloat16) for tile in tiles)
+            and (problem.teacher is None or _twin(problem) is not None)
+        )
+
+    def run(self, group_start: int, chunk: slice) -> None:
+        assert _rows is not None
+        rows = slice(group_start + chunk.start, group_start + chunk.stop)
+
+        def address(values: Tensor | None) -> int:
+            return 0 if values is None else values[rows].data_ptr()
+
+        terms = self.terms
+        _rows.run(
+            options=self.options,
+            student=self.student,
+            first_row=chunk.start,
+            teacher=self.teacher,
+            num_rows=chunk.stop - chunk.start,
+            labels=address(self.labels),
+            row_scale=address(self.row_scale),
+            kd=address(terms.kd),
+            ce=address(terms.ce),
+            student_entropy=address(terms.student_entropy),
+            teacher_entropy=address(terms.teacher_entropy),
+            agreement=address(terms.top1_agreement),
+            num_threads=torch.get_num_threads(),
+            instruction_set=self.instruction_set,
+        )
+
+
+def _logits(tiles: Iterator[Tensor], maxima: Tensor | None):
+    """Tiles (rows, width) of one side, as a table of their places and as what the extension takes."""
+    assert _rows is not None
+    found = list(tiles)
+    table = torch.tensor([(tile.data_ptr(), tile.stride(0), tile.shape[1]) for tile in found], dtype=torch.int64)
+    return table, _rows.Logits(
+        bfloat16=bool(found) and found[0].dtype == torch.bfloat16,
+        tiles=table.data_ptr(),
+        num_tiles=len(found),
+        maxima=0 if maxima is None else maxima.data_ptr(),
+        maxima_stride=0 if maxima is None else maxima.stride(0),
+    )
+
+
+def _twin(problem: Problem) -> tuple[str, float] | None:
+    """The extension's name and parameter for the problem's divergence; None: it has none."""
+    if problem.teacher is None:
+        return None
+    match problem.divergence:
+        case divergences.ForwardKL() | divergences.JSD(beta=0.0):
+            return "FORWARD_KL", 0.0
+        case divergences.ReverseKL() | divergences.JSD(beta=1.0):
+            return "REVERSE_KL", 0.0
+        case divergences.JSD(beta=beta):
+            return "JSD", beta
+        case divergences.SkewedForwardKL(alpha=alpha):
+            return "SKEWED_FORWARD_KL", alpha
+        case divergences.SkewedReverseKL(alpha=alpha):
+            return "SKEWED_REVERSE_KL", alpha
+        case divergences.TVD():
+            return "TVD", 0.0
+        case divergences.Jeffreys():
+            return "JEFFREYS", 0.0
+        case _:
+            return None

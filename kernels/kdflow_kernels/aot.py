@@ -1,4 +1,4 @@
-"""``python -m kdflow_kernels.aot``: compiles every row kernel ahead of time and prints what it takes. Needs no GPU.
+"""``python -m kdflow_kernels.aot``: compiles every kernel over rows ahead of time and prints what it takes. Needs no GPU.
 
 For each architecture, divergence and option: registers a thread, bytes of shared memory, bytes spilled, and the widths of
 the global loads and stores, read from the machine code.
@@ -22,20 +22,23 @@ OPTIONS: dict[str, dict[str, bool]] = {
     "ce, tempered": {"HAS_LABELS": True, "CE_GRADIENT": True, "TEMPERED": True},
     "padded": {"PARTIAL": True},
     "paired": {"PAIRED": True},
+    "filter": {"FILTER": True},
     "bias, scale, softcap": {f"{s}_{o}": True for s in ("STUDENT", "TEACHER") for o in ("BIAS", "SCALE", "SOFTCAP")},
     "no gradient": {"KD_GRADIENT": False},
 }
 FLAGS = {
     "HAS_TEACHER": True,
     "KD_GRADIENT": True,
-    **dict.fromkeys(("HAS_LABELS", "CE_GRADIENT", "PARTIAL", "PAIRED", "TEMPERED"), False),
+    **dict.fromkeys(("HAS_LABELS", "CE_GRADIENT", "PARTIAL", "PAIRED", "TEMPERED", "FILTER"), False),
     **{f"{s}_{o}": False for s in ("STUDENT", "TEACHER") for o in ("BIAS", "SCALE", "SOFTCAP")},
 }
 POINTERS = {
-    "teacher_ids": "*i32", "labels": "*i64", "student": None, "teacher": None, "gradient": None,
-    "student_bias": None, "teacher_bias": None,
+    "teacher_ids": "*i32", "labels": "*i64", "choices": "*i32", "active": "*i8",
+    "student": None, "teacher": None, "gradient": None, "student_bias": None, "teacher_bias": None,
 }  # fmt: skip
-FP32_POINTERS = ("row_scale", "kd", "ce", "student_entropy", "teacher_entropy", "agreement")
+FP32_POINTERS = (
+    "row_scale", "row_parameters", "choice_gradients", "kd", "ce", "student_entropy", "teacher_entropy", "agreement",
+)  # fmt: skip
 INTEGERS = ("student_stride", "teacher_stride", "gradient_stride", "num_rows", "V", "K")
 
 
@@ -51,30 +54,46 @@ class Resources:
         return f"{self.registers:4d} registers {self.shared_bytes:6d} B shared {self.spills:3d} spills  {accesses}"
 
 
-def compile_row_kernel(divergence: str, options: dict[str, bool], *, dtype: str, architecture: int) -> Resources:
-    """Compiles one form of the row kernel as the launcher would have it for a wide row."""
+def compile_kernels(
+    divergence: str, options: dict[str, bool], *, dtype: str, architecture: int
+) -> dict[str, Resources]:
+    """Compiles one form of the row kernel, and what goes before it, as the launcher would have it for a wide row."""
+    from kdflow_kernels.divergences import JITChoices, JITPointwise, get_divergence
+    from kdflow_kernels.row_kernels import row_kernel
+    from kdflow_kernels.row_launch import power_of_two
+    from kdflow_kernels.statistics_kernels import choice_kernel
+    from kdflow_kernels.triton_backend import layout
+
+    twin = get_divergence(divergence).jit()
+    columns = 152_064
+    launch = layout(DTYPES[dtype], columns, 132)
+    constants: dict[str, object] = {"LANES": launch.lanes, "WIDTH": launch.width, **FLAGS, **options}
+    constants |= {"POINTWISE": None, "GRADIENT_SUM": None, "ROW_PARAMETERS": False, "NUM_CHOICES": 0}
+    kernels = {"row": row_kernel}
+    if isinstance(twin, JITPointwise):
+        constants |= {"POINTWISE": twin.function, "GRADIENT_SUM": twin.gradient_sum}
+        if twin.row_parameters is not None:
+            constants["ROW_PARAMETERS"] = True
+            kernels["parameters"] = twin.row_parameters
+    elif isinstance(twin, JITChoices):
+        constants |= {"OF_CHOICES": twin.function, "TOP_K": twin.top_k, "NUM_CHOICES": 2 * twin.top_k}
+        constants |= {"CHOICES": power_of_two(twin.top_k), "STEPS": power_of_two(-(-columns // launch.block))}
+        kernels["choices"] = choice_kernel
+    else:
+        raise ValueError(f"{divergence}: has no JIT form")
+    return {
+        name: _compile(kernel, constants, dtype, architecture, launch.num_warps) for name, kernel in kernels.items()
+    }
+
+
+def _compile(kernel, constants: dict[str, object], dtype: str, architecture: int, num_warps: int) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kdflow_kernels.divergences import get_divergence
-    from kdflow_kernels.row_kernels import row_kernel
-    from kdflow_kernels.triton_backend import layout
-
-    twin = get_divergence(divergence).jit()
-    if twin is None:
-        raise ValueError(f"{divergence}: has no JIT form")
-    launch = layout(DTYPES[dtype], 152_064, 132)
-    constants = {
-        "POINTWISE": twin.function,
-        "GRADIENT_SUM": twin.gradient_sum,
-        "LANES": launch.lanes,
-        "WIDTH": launch.width,
-        **FLAGS,
-        **options,
-    }
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {}
-    for name in row_kernel.arg_names:
+    for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
         elif name in POINTERS:
@@ -86,14 +105,13 @@ def compile_row_kernel(divergence: str, options: dict[str, bool], *, dtype: str,
     # Rows are padded to whole blocks, tensors aligned: what the launcher's arguments say of themselves.
     aligned = [
         (index,)
-        for index, name in enumerate(row_kernel.arg_names)
+        for index, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*") or name.endswith("_stride")
     ]
     attributes = {key: [["tt.divisibility", 16]] for key in aligned}
-    source = ASTSource(row_kernel, signature, constants, attributes)
+    source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": launch.num_warps})
-    return _resources(compiled)
+    return _resources(triton.compile(source, target=target, options={"num_warps": num_warps}))
 
 
 def _resources(compiled) -> Resources:
@@ -131,15 +149,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m kdflow_kernels.aot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), metavar="90")
-    parser.add_argument("--quick", action="store_true", help="one architecture's plain kernels only")
+    parser.add_argument("--quick", action="store_true", help="plain kernels of the last architecture only")
     given = parser.parse_args(arguments)
     names = [name for name in list_divergences() if get_divergence(name).jit() is not None]
     spilled = 0
+    # What an option makes of the code is seen with one divergence of each kind.
+    kinds = ("forward_kl", "adaptive_kl", "hierarchical_ranking")
     for architecture, dtype, name in itertools.product(given.arch[-1:] if given.quick else given.arch, DTYPES, names):
-        for option in ["plain"] if given.quick or name != names[0] else OPTIONS:
-            found = compile_row_kernel(name, OPTIONS[option], dtype=dtype, architecture=architecture)
-            spilled += found.spills > 0
-            print(f"sm_{architecture} {dtype} {name:18} {option:21} {found}", flush=True)
+        for option in ["plain"] if given.quick or name not in kinds else OPTIONS:
+            for kernel, found in compile_kernels(name, OPTIONS[option], dtype=dtype, architecture=architecture).items():
+                spilled += found.spills > 0
+                print(f"sm_{architecture} {dtype} {name:20} {kernel:10} {option:21} {found}", flush=True)
     return 1 if spilled else 0
 
 

@@ -29,12 +29,24 @@ class JITPointwise(NamedTuple):
 
     ``function`` is a ``triton.jit`` function (log_p, log_q, p, q, parameter) -> (f, df/dlog q), elementwise, as
     ``Divergence.pointwise``. ``gradient_sum`` is the sum over the vocabulary of df/dlog q where it is the same number in
-    every row; it saves the kernel a pass.
+    every row; it saves the kernel a pass. ``row_parameters`` is a kernel that finds a parameter for every row, and the
+    row's gradient sum, from the logits and ``parameter``; see statistics_kernels.tail_share_kernel.
     """
 
     function: Callable
     parameter: float = 0.0
     gradient_sum: float | None = None
+    row_parameters: Callable | None = None
+
+
+class JITChoices(NamedTuple):
+    """The Triton form of a divergence that sees no more than both sides' ``top_k`` likeliest tokens of a row.
+
+    ``function`` is a ``triton.jit`` function of their log-probabilities; see jit_divergences.
+    """
+
+    function: Callable
+    top_k: int
 
 
 class Divergence:
@@ -57,8 +69,8 @@ class Divergence:
         """``pointwise`` for a caller that has the probabilities at hand; override it to save their exp."""
         return self.pointwise(log_p, log_q)
 
-    def jit(self) -> JITPointwise | None:
-        """``pointwise`` for the row kernel. None: the Triton backend leaves this divergence to torch.
+    def jit(self) -> JITPointwise | JITChoices | None:
+        """Its form for the kernels. None: the Triton backend leaves this divergence to torch.
 
         To give one, override it in a file that imports triton: ``return JITPointwise(my_jit_function, self.alpha)``.
         """
@@ -139,16 +151,20 @@ def _check_open_unit(name: str, parameter: str, value: float) -> None:
         raise ValueError(f"{name}: {parameter} must lie strictly between 0 and 1, got {value}")
 
 
-class _OfProbabilities(Divergence):
+class _WithTwin(Divergence):
+    """Base of this package's own."""
+
+    def jit(self) -> JITPointwise | JITChoices | None:
+        from kdflow_kernels import jit_divergences
+
+        return jit_divergences.twin(self)
+
+
+class _OfProbabilities(_WithTwin):
     """Base of those written in p, q and their logarithms."""
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         return self.terms(log_p.exp(), log_q.exp(), log_p, log_q)
-
-    def jit(self) -> JITPointwise | None:
-        from kdflow_kernels import jit_divergences
-
-        return jit_divergences.twin(self)
 
 
 def _log_mixture(share: float, a: Tensor, b: Tensor) -> Tensor:
@@ -259,7 +275,7 @@ class Jeffreys(_OfProbabilities):
 
 @register_divergence("adaptive_kl")
 @dataclass(frozen=True)
-class AdaptiveKL(Divergence):
+class AdaptiveKL(_WithTwin):
     """(g_head KL(p || q) + g_tail KL(q || p)) / (g_head + g_tail).
 
     The tail is the least likely teacher tokens whose ascending cumulative mass is at most alpha; g_head and g_tail are
@@ -287,7 +303,7 @@ class AdaptiveKL(Divergence):
 
 @register_divergence("top1_ce")
 @dataclass(frozen=True)
-class Top1CE(Divergence):
+class Top1CE(_WithTwin):
     """-p(v*) log q(v*) with v* = argmax p: cross-entropy to the teacher's first choice, by its confidence."""
 
     def rows(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -297,7 +313,7 @@ class Top1CE(Divergence):
 
 @register_divergence("hierarchical_ranking")
 @dataclass(frozen=True)
-class HierarchicalRanking(Divergence):
+class HierarchicalRanking(_WithTwin):
     """Hinges on the order of the top_k tokens v_i of the teacher and u_j of the student.
 
     sum_i max(0, q(v_i) - q(v_1)) + sum_ij max(0, q(u_j) - q(v_i)) [p(v_i) > p(u_j)]: the teacher's first choice should

@@ -6,18 +6,22 @@ For each group of rows:
    into dloss/dlogits;
 2. dH = dz W and dW += dz^T H.
 
-Nothing is computed twice: 2NV(Ht + 3Hs) flops, what full logits cost. Nothing makes the host wait for the device.
+Nothing is computed twice: 2NV(Ht + 3Hs) flops, what full logits cost. Nothing makes the host wait for the device, but for
+grad_filter_eps: once a group the host learns how many columns are active, and step 2 is done over these alone.
 
 Shape suffixes: N rows, n rows of a group, c rows of a chunk, V columns of the student, K compared ones, H hidden size.
 """
 
 import os
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kdflow_kernels.problem import LOWEST_LOGIT, GradientNeeds, Gradients, Head, Problem, RowTerms
+from kdflow_kernels.problem import LOWEST_LOGIT, GradientNeeds, Gradients, Problem, RowTerms
+from kdflow_kernels.products import FilteredProducts, multiply
+from kdflow_kernels.row_launch import Layout, RowLauncher, scale_
+
+__all__ = ["keep_logits_in_fp32", "run", "scale_", "supports", "unavailable"]
 
 # What the student's logits of a group may take: 2048 rows of the widest vocabularies.
 LOGITS_BYTES = 640 * 2**20
@@ -26,7 +30,7 @@ CHUNK_ROWS = 1024
 # Rows of logits begin this many numbers apart beyond whole blocks: at multiples of a large power of two they would
 # compete for the same parts of the memory.
 STAGGER = 64
-# Of the row kernel; see Launch.
+# Of the row kernel; see Layout.
 LANES = 512
 NUM_WARPS = 8
 PROGRAMS_PER_PROCESSOR = 4
@@ -63,9 +67,9 @@ def unavailable(device: torch.device) -> str | None:
 def supports(problem: Problem) -> bool:
     """Whether the row kernel covers this problem; torch_backend serves the others."""
     dtypes = {head.weight.dtype for head in (problem.student, problem.teacher) if head is not None}
-    if torch.float64 in dtypes or problem.grad_filter_eps > 0.0:
+    if problem.grad_filter_eps > 0.0:
         return False
-    return problem.teacher is None or problem.divergence.jit() is not None
+    return torch.float64 not in dtypes and (problem.teacher is None or problem.divergence.jit() is not None)
 
 
 def interpreting() -> bool:
@@ -77,33 +81,13 @@ def run(problem: Problem, needs: GradientNeeds) -> tuple[RowTerms, Gradients]:
     return _Run(problem, needs).run()
 
 
-def scale_(gradient: Tensor, factor: Tensor) -> None:
-    """gradient *= factor (a 0-d tensor); where it is 1, as in loss.backward(), the gradient is not even read."""
-    from kdflow_kernels.row_kernels import SCALE_BLOCK, scale_kernel
-
-    count = gradient.numel()
-    if count:
-        with _on(gradient.device):
-            scale_kernel[(min(-(-count // SCALE_BLOCK.value), 2048),)](gradient, factor, count)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the row kernel is laid out: LANES x WIDTH columns a block, warps and number of programs."""
-
-    lanes: int
-    width: int
-    num_warps: int
-    num_programs: int
-
-
-def layout(item_bytes: int, num_columns: int, num_processors: int) -> Launch:
+def layout(item_bytes: int, num_columns: int, num_processors: int) -> Layout:
     """For rows of num_columns logits of item_bytes: WIDTH logits make 16 bytes, one load of a thread."""
     width = 16 // item_bytes
     lanes = LANES
     while lanes > 32 and lanes * width >= 2 * num_columns:
         lanes //= 2
-    return Launch(lanes, width, min(NUM_WARPS, lanes // 32), PROGRAMS_PER_PROCESSOR * num_processors)
+    return Layout(lanes, width, min(NUM_WARPS, lanes // 32), PROGRAMS_PER_PROCESSOR * num_processors)
 
 
 def plan_groups(num_rows: int, row_bytes: int) -> int:
@@ -123,10 +107,10 @@ class _Run:
         self.columns = problem.num_compared
         if problem.labels is not None or student.token_ids is not None:
             self.columns = student.weight.shape[0]
+        self.filtering = bool(needs) and problem.grad_filter_eps > 0.0
         self.num_processors = _num_processors(self.device)
         self.logits_dtype = _logits_dtype(self.dtype)
         self.in_place = self.logits_dtype == self.dtype
-        self.twin = problem.divergence.jit() if problem.teacher is not None else None
         self.row_scale = problem.row_scale.float()
         # fp16 gradients of a mean over many rows would underflow: form them for rows of scale 1, scale the products.
         self.unit = None
@@ -140,10 +124,12 @@ class _Run:
         item = self.logits_dtype.itemsize
         teacher = problem.teacher
         items = item if teacher is None else max(item, _logits_dtype(teacher.weight.dtype).itemsize)
-        self.launch = layout(items, self.columns, self.num_processors)
-        block = self.launch.lanes * self.launch.width
+        self.layout = layout(items, self.columns, self.num_processors)
+        block = self.layout.block
         self.padded = -(-self.columns // block) * block + STAGGER
         self.group_rows = plan_groups(self.num_rows, self.padded * self.dtype.itemsize)
+        if self.filtering:
+            self.group_rows = min(self.group_rows, problem.chunk_size or self.group_rows)
         # The kernel counts in 32 bits inside a block of rows.
         most = max(1, (2**31 - 1) // max(self.padded, 1))
         self.chunk_rows = min(problem.chunk_size or CHUNK_ROWS * 2 // items, self.group_rows, most)
@@ -159,7 +145,7 @@ class _Run:
         num_groups = -(-self.num_rows // self.group_rows)
         if needs.weight:
             dtype = torch.float32 if num_groups > GROUPS_IN_LOW_PRECISION else gradient_dtype
-            make = torch.empty if self.num_rows else torch.zeros
+            make = torch.empty if self.num_rows and not self.filtering else torch.zeros
             grad_weight = make(student.weight.shape, dtype=dtype, device=self.device)
             grad_weight[self.columns :] = 0.0
         if needs.bias:
@@ -168,15 +154,21 @@ class _Run:
             return terms, Gradients(grad_input, grad_weight, grad_bias)
 
         self._allocate()
+        filtered = FilteredProducts(self.problem, self.columns, needs) if self.filtering else None
         for start in range(0, self.num_rows, self.group_rows):
             rows = slice(start, min(start + self.group_rows, self.num_rows))
+            if self.active is not None:
+                self.active.zero_()
             self._logits_to_gradients(rows, terms)
             dz = self.gradient[: rows.stop - start, : self.columns]
-            if grad_input is not None:
-                _multiply(dz, student.weight[: self.columns], out=grad_input[rows])
-            if grad_weight is not None:
-                out = grad_weight[: self.columns]
-                _multiply(dz.T, student.input[rows], out=out, accumulate=start > 0)
+            if filtered is not None and self.active is not None:
+                filtered.add(rows, dz, self.active, grad_input, grad_weight)
+            else:
+                if grad_input is not None:
+                    multiply(dz, student.weight[: self.columns], out=grad_input[rows])
+                if grad_weight is not None:
+                    out = grad_weight[: self.columns]
+                    multiply(dz.T, student.input[rows], out=out, accumulate=start > 0)
             if grad_bias is not None:
                 grad_bias[: self.columns] += dz.sum(0, dtype=torch.float32)
         if grad_weight is not None and grad_weight.dtype != gradient_dtype:
@@ -216,13 +208,26 @@ class _Run:
             if self.teacher_columns > width:
                 width = -(-self.teacher_columns // 64) * 64 + STAGGER
             self.teacher_logits = logits(self.chunk_rows, width, dtype)
+        self.active = None
+        if self.filtering:
+            self.active = torch.empty(self.columns, dtype=torch.int8, device=self.device)
+        self.launcher = RowLauncher(
+            problem,
+            self.needs,
+            layout=self.layout,
+            num_columns=self.columns,
+            chunk_rows=self.chunk_rows,
+            row_scale=self.row_scale,
+            teacher_ids=self.teacher_ids,
+            active=self.active,
+        )
 
     def _logits_to_gradients(self, rows: slice, terms: RowTerms) -> None:
         """Leaves dloss/dlogits of a group of rows in self.gradient, where gradients are needed."""
         student, teacher = self.problem.student, self.problem.teacher
         if self.in_place:
             out = self.student_logits[: rows.stop - rows.start, : self.columns]
-            _multiply(student.input[rows], student.weight[: self.columns].T, out=out)
+            multiply(student.input[rows], student.weight[: self.columns].T, out=out)
         for start in range(rows.start, rows.stop, self.chunk_rows):
             chunk = slice(start, min(start + self.chunk_rows, rows.stop))
             in_group = slice(start - rows.start, chunk.stop - rows.start)
@@ -231,73 +236,18 @@ class _Run:
             else:
                 student_logits = self.student_logits[: chunk.stop - start]
                 out = student_logits[:, : self.columns]
-                _multiply(student.input[chunk], student.weight[: self.columns].T, out=out)
+                multiply(student.input[chunk], student.weight[: self.columns].T, out=out)
             teacher_logits = None
             if teacher is not None:
                 teacher_logits = self.teacher_logits[: chunk.stop - start]
                 out = teacher_logits[:, : self.teacher_columns]
-                _multiply(teacher.input[chunk], teacher.weight[: self.teacher_columns].T, out=out)
+                multiply(teacher.input[chunk], teacher.weight[: self.teacher_columns].T, out=out)
             self._launch(chunk, student_logits, teacher_logits, self.gradient[in_group], terms)
 
     def _launch(
         self, chunk: slice, student_logits: Tensor, teacher_logits: Tensor | None, gradient: Tensor, terms: RowTerms
     ) -> None:
-        from kdflow_kernels.row_kernels import row_kernel
-
-        problem, student, teacher, launch = self.problem, self.problem.student, self.problem.teacher, self.launch
-        num_rows = chunk.stop - chunk.start
-        nothing = self.row_scale  # stands for pointers that the kernel does not follow
-        twin = self.twin
-        kd_gradient = bool(self.needs) and teacher is not None and problem.kd_weight != 0.0
-        grid = (min(num_rows, launch.num_programs),)
-
-        def rows_of(tensor: Tensor | None) -> Tensor:
-            return nothing if tensor is None else tensor[chunk]
-
-        with _on(self.device):
-            row_kernel[grid](
-                student_logits,
-                student_logits.stride(0),
-                nothing if teacher_logits is None else teacher_logits,
-                0 if teacher_logits is None else teacher_logits.stride(0),
-                nothing if self.teacher_ids is None else self.teacher_ids,
-                nothing if student.bias is None else student.bias,
-                nothing if teacher is None or teacher.bias is None else teacher.bias,
-                rows_of(problem.labels),
-                self.row_scale[chunk],
-                gradient,
-                gradient.stride(0),
-                rows_of(terms.kd),
-                rows_of(terms.ce),
-                rows_of(terms.student_entropy),
-                rows_of(terms.teacher_entropy),
-                rows_of(terms.top1_agreement),
-                num_rows,
-                self.columns,
-                problem.num_compared,
-                1.0 / problem.temperature,
-                problem.kd_weight,
-                problem.ce_weight,
-                student.logit_scale,
-                student.softcap or 1.0,
-                1.0 if teacher is None else teacher.logit_scale,
-                1.0 if teacher is None else teacher.softcap or 1.0,
-                0.0 if twin is None else twin.parameter,
-                POINTWISE=None if twin is None else twin.function,
-                GRADIENT_SUM=None if twin is None else twin.gradient_sum,
-                HAS_TEACHER=teacher is not None,
-                HAS_LABELS=problem.labels is not None,
-                KD_GRADIENT=kd_gradient,
-                CE_GRADIENT=bool(self.needs) and problem.ce_weight != 0.0 and problem.labels is not None,
-                PARTIAL=problem.num_compared != self.columns,
-                PAIRED=self.teacher_ids is not None,
-                TEMPERED=problem.temperature != 1.0,
-                **_flags("STUDENT", student),
-                **_flags("TEACHER", teacher),
-                LANES=launch.lanes,
-                WIDTH=launch.width,
-                num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
-            )
+        self.launcher.launch(chunk, student_logits, teacher_logits, gradient, terms)
 
     def _empty_terms(self) -> RowTerms:
         def make(given: object) -> Tensor | None:
@@ -309,39 +259,9 @@ class _Run:
         return RowTerms(make(teacher), make(labels), torch.empty_like(self.row_scale), make(teacher), make(teacher))
 
 
-def _flags(side: str, head: Head | None) -> dict[str, bool]:
-    return {
-        f"{side}_BIAS": head is not None and head.bias is not None,
-        f"{side}_SCALE": head is not None and head.logit_scale != 1.0,
-        f"{side}_SOFTCAP": head is not None and head.softcap is not None,
-    }
-
-
 def _logits_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if _fp32_logits else dtype
 
 
-def _multiply(a: Tensor, b: Tensor, *, out: Tensor, accumulate: bool = False) -> None:
-    """out = a @ b, or out += a @ b; summed in fp32 whatever the dtypes are."""
-    if out.dtype == a.dtype:
-        if accumulate:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-    elif out.device.type == "cuda":
-        if accumulate:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif accumulate:
-        out += a.to(out.dtype) @ b.to(out.dtype)
-    else:
-        out.copy_(a.to(out.dtype) @ b.to(out.dtype))
-
-
 def _num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device if device.type == "cuda" else -1)

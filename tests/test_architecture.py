@@ -27,13 +27,14 @@ ALLOWED = {
     "kdflow.teacher": LEAVES | {DATA, TRANSPORT, MODELING},
     "kdflow.student": LEAVES | {DATA, TRANSPORT, MODELING, "kdflow.algorithms"},
     "kdflow.training": LEAVES | {DATA},
+    "kdflow.plan": LEAVES | {DATA, MODELING},
     "kdflow.observe": LEAVES | {"kdflow.training"},
 }
 # Engines are imported in one place each; the loss in those that compute with it.
 ONLY_IN = {
     "sglang": {"kdflow/teacher/sglang", "kdflow/rollout/sglang"},
     "ray": {"kdflow/launcher/ray.py"},
-    "kdflow_kernels": {"kdflow/algorithms/", "kdflow/student/fsdp2.py", "kdflow/training/"},
+    "kdflow_kernels": {"kdflow/algorithms/", "kdflow/student/fsdp2.py", "kdflow/training/", "kdflow/plan/"},
 }
 
 

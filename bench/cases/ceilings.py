@@ -1,16 +1,22 @@
-"""``bench ceilings``: what the device reaches at most: bf16 GEMMs and copies.
+"""``bench ceilings``: what the device reaches at most: GEMMs, copies, rows of the loss.
 
-The figures that the other suites are held against: a square GEMM, a copy inside the device's
-memory, and on a GPU copies to and from pinned host memory.
+The figures that the other suites are held against, and the rates that ``kdflow plan`` and ``bench
+roofline`` compute with: a square GEMM, a copy inside the device's memory, the passes of the loss
+over its logits (a loss whose matrix products are too thin to count), and on a GPU copies to and
+from pinned host memory.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+from bench.environment import has_native_bf16
 from bench.model import Case, Provider
 
 MODULE = "bench.cases.ceilings_providers"
 GEMM = Provider("torch.mm", f"{MODULE}:gemm", "floor")
 COPY = Provider("copy inside the device", f"{MODULE}:device_copy", "floor")
+LOSS_ROWS = Provider("rows of the loss", f"{MODULE}:loss_rows", "floor")
 HOST_COPIES = (
     Provider("pinned host to device", f"{MODULE}:host_to_device", "floor"),
     Provider("device to pinned host", f"{MODULE}:device_to_host", "floor"),
@@ -18,33 +24,53 @@ HOST_COPIES = (
 )
 MIB = 2**20
 REPEATS = 10  # in a step: a single copy is hardly longer than its launch
+THIN_HIDDEN = 16
+VOCAB = 49152
 
 
 def cases(*, device: str, quick: bool) -> list[Case]:
-    """One GEMM and, for each kind of memory, one copy large enough to be in no cache."""
+    """GEMMs in the dtypes that matter here and, for each kind of memory, a copy too large for any cache."""
     on_gpu = device.startswith("cuda")
     size = 8192 if on_gpu and not quick else 1024
     copied = (1024 if on_gpu else 64) * MIB
+    native = on_gpu or has_native_bf16()
+    dtype = "bf16" if native else "fp32"  # that a run computes in
     found = [
-        _case(f"bf16 GEMM {size} x {size} x {size}", device, (GEMM,), 2.0 * size**3, "flop", {"size": size}),
-        _case(f"device copy {copied // MIB} MiB", device, (COPY,), float(copied), "byte", {"num_bytes": copied}),
+        _case(
+            f"{of} GEMM {size} x {size} x {size}",
+            device,
+            (GEMM,),
+            2.0 * size**3,
+            "flop",
+            {"size": size, "dtype": of} | ({"rate": "matmul_flops", "rate_per_work": 1} if of == dtype else {}),
+        )
+        for of in (("bf16",) if on_gpu else ("bf16", "fp32"))
     ]
+    # A copy reads and writes.
+    copy = {"num_bytes": copied, "rate": "memory_bytes", "rate_per_work": 2}
+    found.append(_case(f"device copy {copied // MIB} MiB", device, (COPY,), float(copied), "byte", copy))
+    rows = 4096 if on_gpu else 64
+    thin = {"num_rows": rows, "vocab_size": VOCAB, "hidden_size": THIN_HIDDEN, "dtype": dtype}
+    thin |= {"rate": "loss_logits", "rate_per_work": 1, "repeats": 1}
+    found.append(_case(f"loss rows {dtype} N={rows} V={VOCAB}", device, (LOSS_ROWS,), rows * VOCAB, "logit", thin))
     if on_gpu:
         copied = 256 * MIB
         name = f"PCIe copy {copied // MIB} MiB"
-        found.append(_case(name, device, HOST_COPIES, float(copied), "byte", {"num_bytes": copied}))
+        one_way = {"num_bytes": copied, "rate": "link_bytes", "rate_per_work": 1}
+        found.append(_case(name, device, HOST_COPIES, float(copied), "byte", one_way))
     return found
 
 
 def _case(
-    name: str, device: str, providers: tuple[Provider, ...], work: float, unit: str, params: dict[str, int]
+    name: str, device: str, providers: tuple[Provider, ...], work: float, unit: str, params: dict[str, Any]
 ) -> Case:
+    params = {"device": device, "repeats": REPEATS, **params}
     return Case(
         suite="ceilings",
         name=name,
-        params={"device": device, "repeats": REPEATS, **params},
+        params=params,
         providers=providers,
-        work=REPEATS * work,
+        work=params["repeats"] * work,
         unit=unit,
         measures_memory=False,
     )

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from bench.model import Trial
+from kdflow_kernels import fused_kd_loss
 
 Params = Mapping[str, Any]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def gemm(params: Params) -> Trial:
     size, device = params["size"], params["device"]
-    left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    left, right = (torch.randn(size, size, device=device).to(DTYPES[params["dtype"]]) for _ in range(2))
     product = torch.empty_like(left)
     return _repeated(params, lambda: torch.mm(left, right, out=product))
 
@@ -24,6 +26,23 @@ def device_copy(params: Params) -> Trial:
     source = torch.zeros(params["num_bytes"], dtype=torch.uint8, device=params["device"])
     target = torch.ones_like(source)
     return _repeated(params, lambda: target.copy_(source))
+
+
+def loss_rows(params: Params) -> Trial:
+    """Forward KL with its gradients between hidden states so narrow that the products cost nothing."""
+    rows, vocab, hidden = params["num_rows"], params["vocab_size"], params["hidden_size"]
+    student, head, teacher, teacher_head = (
+        torch.randn(count, hidden, device=params["device"]).to(DTYPES[params["dtype"]])
+        for count in (rows, vocab, rows, vocab)
+    )
+    student.requires_grad_()
+    head.requires_grad_()
+
+    def once() -> None:
+        student.grad = head.grad = None
+        fused_kd_loss(student, head, teacher, teacher_head, backend="auto").loss.backward()
+
+    return _repeated(params, once)
 
 
 def host_to_device(params: Params) -> Trial:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -29,11 +30,13 @@ def open_trace(
     recorders: list[Recorder] = []
     on_gpu = device.type == "cuda"
     pieces = folder / FOLDER / "spans"
+    # A teacher that was started again writes beside what the first one left.
+    stem = f"{role}-{index}-{os.getpid()}"
     if config.timeline:
         pieces.mkdir(parents=True, exist_ok=True)
-        recorders.append(HostSpans(SpanFile(pieces / f"{role}-{index}.jsonl", role, index, "host")))
+        recorders.append(HostSpans(SpanFile(pieces / f"{stem}.jsonl", role, index, "host")))
         if on_gpu and host_is_ahead:
-            recorders.append(DeviceSpans(SpanFile(pieces / f"{role}-{index}-gpu.jsonl", role, index, "GPU"), device))
+            recorders.append(DeviceSpans(SpanFile(pieces / f"{stem}-gpu.jsonl", role, index, "GPU"), device))
     if config.num_steps:
         (folder / FOLDER).mkdir(exist_ok=True)
         path = folder / FOLDER / f"torch-{role}-{index}.json"

@@ -1,0 +1,78 @@
+"""A plan on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from kdflow.plan.memory import Memory
+from kdflow.plan.plan import Plan
+from kdflow.plan.shapes import ModelShape
+
+GIB, MIB = 2**30, 2**20
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    machine = plan.machine
+    devices = "this CPU" if machine.rates.shared else f"{machine.num_devices} x {machine.rates.name}"
+    nodes = "" if machine.num_nodes == 1 else f" on {machine.num_nodes} nodes"
+    lines = [
+        f"student  {_model(plan.student)}, {plan.config.student.num_ranks} rank(s)",
+        f"teacher  {_model(plan.teacher)}, {plan.config.teacher.num_workers} worker(s)",
+        f"machine  {devices}{nodes}; rates: {machine.rates.source}",
+        f"data     {plan.workload.source}",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(_memory_table("memory of a student rank", plan.student_memory))
+    console.print(_memory_table("memory of a teacher's device", plan.teacher_memory))
+    console.print(_time_table(plan))
+    for line in summary(plan):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def summary(plan: Plan) -> list[str]:
+    """What one wants to know first, a line each."""
+    together = "both together" if plan.sharing else "the larger of both"
+    fit = "fits" if plan.fits else "does NOT fit"
+    budget = plan.config.training.tokens_per_microbatch
+    largest = f"{plan.largest_budget:,} tokens" if plan.largest_budget else "nothing"
+    shown = plan.outcome
+    return [
+        f"memory      {plan.needed_bytes / GIB:.2f} GiB, {together}, of {plan.capacity_bytes / GIB:.1f} usable: {fit}",
+        f"microbatch  {largest} would fit; training.tokens_per_microbatch is {budget:,}",
+        f"speed       {plan.tokens_per_s:,.0f} tokens/s, {plan.hours:,.2f} hours "
+        f"for {plan.config.training.num_steps} steps",
+        f"busy        students {shown.student_busy:.0%}, teachers {shown.teacher_busy:.0%}, "
+        f"ranks wait {shown.wait:.0%} of the time",
+        f"bottleneck  {plan.bottleneck}",
+    ]
+
+
+def _model(shape: ModelShape) -> str:
+    tied = "tied" if shape.tied else "untied"
+    return f"{shape.name}: {shape.num_params / 1e6:,.0f} million parameters, {shape.num_layers} layers, {tied} head"
+
+
+def _memory_table(title: str, memory: Memory) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("part")
+    table.add_column("MiB", justify="right")
+    for part, num_bytes in memory.parts.items():
+        if num_bytes:
+            table.add_row(part, f"{num_bytes / MIB:,.1f}")
+    table.add_section()
+    table.add_row("peak", f"{memory.total / MIB:,.1f}", style="bold")
+    return table
+
+
+def _time_table(plan: Plan) -> Table:
+    table = Table(title="time of a step, each part alone on its device", title_justify="left")
+    table.add_column("part")
+    table.add_column("ms", justify="right")
+    for part, seconds in plan.step_s.items():
+        table.add_row(part, f"{seconds * 1e3:,.2f}")
+    table.add_section()
+    steps = plan.outcome.step_seconds
+    table.add_row("step, as simulated", f"{1e3 * sum(steps) / len(steps):,.2f}", style="bold")
+    return table

@@ -1,0 +1,232 @@
+"""A run's schedule, simulated: ranks in lockstep, teachers that prefill ahead, rings of so many slots.
+
+A rank asks for its next microbatch when a slot is free, as transport/channel.py does; teachers take the oldest request;
+ranks meet at the end of each microbatch, whose backward reduces or gathers over all of them, and at the optimizer.
+Several jobs on one device get equal shares of it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of one rank's microbatch, each alone on its device."""
+
+    prefill_s: float
+    transfer_s: float
+    forward_s: float
+    loss_s: float
+    backward_s: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of microbatches of ranks, and who computes where.
+
+    Attributes:
+        optimizer_s: of each step, every rank.
+        student_devices, teacher_devices: numbers of the devices; the same number means the same device.
+        num_slots: of each rank's ring.
+    """
+
+    steps: Sequence[Sequence[Sequence[Costs]]]
+    optimizer_s: float
+    student_devices: Sequence[int]
+    teacher_devices: Sequence[int]
+    num_slots: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    Attributes:
+        seconds: from the first step's begin to the last one's end, and by step.
+        teacher_busy: share of the time in which a teacher prefills, mean over teachers.
+        student_busy: the same of students that compute.
+        wait: share of the time in which a rank stands still for want of rows, mean over ranks.
+    """
+
+    seconds: float
+    step_seconds: tuple[float, ...]
+    teacher_busy: float
+    student_busy: float
+    wait: float
+
+
+class _Clock:
+    """Jobs on devices; a device's jobs share it equally."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._jobs: dict[int, list[list]] = {}  # device -> [seconds left, number, what then]
+        self._since: dict[int, float] = {}
+        self._version: dict[int, int] = {}
+        self._events: list[tuple[float, int, int, int]] = []  # when, order, device (or -1), version
+        self._later: dict[int, Callable[[], None]] = {}
+        self._count = 0
+
+    def start(self, device: int, seconds: float, then: Callable[[], None]) -> None:
+        self._settle(device)
+        self._count += 1
+        self._jobs.setdefault(device, []).append([seconds, self._count, then])
+        self._predict(device)
+
+    def after(self, seconds: float, then: Callable[[], None]) -> None:
+        """Takes time, but no device."""
+        self._count += 1
+        self._later[self._count] = then
+        heapq.heappush(self._events, (self.now + seconds, self._count, -1, self._count))
+
+    def run(self) -> None:
+        while self._events:
+            when, _, device, version = heapq.heappop(self._events)
+            if device == -1:
+                self.now = when
+                self._later.pop(version)()
+            elif self._version[device] == version:
+                self.now = when
+                self._settle(device)
+                job = min(self._jobs[device])
+                self._jobs[device].remove(job)
+                self._predict(device)
+                job[2]()
+
+    def _settle(self, device: int) -> None:
+        jobs = self._jobs.get(device, [])
+        passed = (self.now - self._since.get(device, self.now)) / max(1, len(jobs))
+        for job in jobs:
+            job[0] -= passed
+        self._since[device] = self.now
+
+    def _predict(self, device: int) -> None:
+        self._version[device] = self._version.get(device, 0) + 1
+        if jobs := self._jobs[device]:
+            self._count += 1
+            when = self.now + max(0.0, min(jobs)[0]) * len(jobs)
+            heapq.heappush(self._events, (when, self._count, device, self._version[device]))
+
+
+class _Simulation:
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._clock = _Clock()
+        self._num_ranks = len(schedule.student_devices)
+        self._work = [microbatch for step in schedule.steps for microbatch in step]
+        self._step_ends = set()
+        done = 0
+        for step in schedule.steps:
+            done += len(step)
+            self._step_ends.add(done - 1)
+        self._queue: deque[tuple[int, int]] = deque()
+        self._idle = list(range(len(schedule.teacher_devices)))
+        self._asked = 0  # microbatches
+        self._ready: set[tuple[int, int]] = set()
+        self._waiting: dict[tuple[int, int], float] = {}
+        self._at = 0  # the microbatch under way
+        self._left = 0  # ranks still in it
+        self.prefill_s = self.student_s = self.wait_s = 0.0
+        self.step_times: list[float] = []
+
+    def run(self) -> float:
+        self._ask()
+        self._begin()
+        self._clock.run()
+        return self._clock.now
+
+    def _ask(self) -> None:
+        """All ranks at once, so their requests take turns."""
+        end = min(self._at + self._schedule.num_slots, len(self._work))
+        self._queue.extend((rank, index) for index in range(self._asked, end) for rank in range(self._num_ranks))
+        self._asked = end
+        self._serve()
+
+    def _serve(self) -> None:
+        while self._idle and self._queue:
+            teacher, (rank, index) = self._idle.pop(0), self._queue.popleft()
+            costs, start = self._work[index][rank], self._clock.now
+
+            def done(teacher: int = teacher, key: tuple[int, int] = (rank, index), start: float = start) -> None:
+                self.prefill_s += self._clock.now - start
+                self._idle.append(teacher)
+                self._clock.after(self._work[key[1]][key[0]].transfer_s, lambda: self._arrive(key))
+                self._serve()
+
+            self._clock.start(self._schedule.teacher_devices[teacher], costs.prefill_s, done)
+
+    def _arrive(self, key: tuple[int, int]) -> None:
+        self._ready.add(key)
+        if key in self._waiting:
+            self.wait_s += self._clock.now - self._waiting.pop(key)
+            self._rest(*key)
+
+    def _begin(self) -> None:
+        if self._at == len(self._work):
+            return
+        self._left = self._num_ranks
+        for rank in range(self._num_ranks):
+            self._compute(rank, self._work[self._at][rank].forward_s, lambda rank=rank: self._rows(rank))
+
+    def _compute(self, rank: int, seconds: float, then: Callable[[], None]) -> None:
+        start = self._clock.now
+
+        def done() -> None:
+            self.student_s += self._clock.now - start
+            then()
+
+        self._clock.start(self._schedule.student_devices[rank], seconds, done)
+
+    def _rows(self, rank: int) -> None:
+        key = (rank, self._at)
+        if key in self._ready:
+            self._rest(*key)
+        else:
+            self._waiting[key] = self._clock.now
+
+    def _rest(self, rank: int, index: int) -> None:
+        costs = self._work[index][rank]
+        self._compute(rank, costs.loss_s + costs.backward_s, self._meet)
+
+    def _meet(self) -> None:
+        """The last rank ends the microbatch, and with it a step's last one the step."""
+        self._left -= 1
+        if self._left:
+            return
+        if self._at in self._step_ends:
+            self._left = self._num_ranks
+            for rank in range(self._num_ranks):
+                self._compute(rank, self._schedule.optimizer_s, self._end_step)
+        else:
+            self._next()
+
+    def _end_step(self) -> None:
+        self._left -= 1
+        if not self._left:
+            self.step_times.append(self._clock.now)
+            self._next()
+
+    def _next(self) -> None:
+        self._at += 1
+        self._ask()
+        self._begin()
+
+
+def simulate(schedule: Schedule, *, warm_up_steps: int = 0) -> Outcome:
+    """Times from the end of the warm-up steps on; the shares are of the whole run."""
+    simulation = _Simulation(schedule)
+    total = simulation.run()
+    ends = [0.0, *simulation.step_times]
+    steps = [b - a for a, b in itertools.pairwise(ends)][warm_up_steps:]
+    num_ranks, num_teachers = len(schedule.student_devices), len(schedule.teacher_devices)
+    return Outcome(
+        seconds=sum(steps),
+        step_seconds=tuple(steps),
+        teacher_busy=simulation.prefill_s / (num_teachers * total),
+        student_busy=simulation.student_s / (num_ranks * total),
+        wait=simulation.wait_s / (num_ranks * total),
+    )

@@ -1,0 +1,102 @@
+"""The microbatches of some steps: those of the run's own data, or of samples that are all alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdflow.config import RunConfig
+from kdflow.data import Step, load_datasets, pack_step, training_steps
+from kdflow.modeling import load_tokenizer
+from kdflow.types import Sample
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank takes at a time."""
+
+    lengths: tuple[int, ...]
+    num_rows: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Steps of microbatches of ranks, and where their lengths come from."""
+
+    steps: tuple[tuple[tuple[Piece, ...], ...], ...]
+    source: str
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(piece.num_tokens for step in self.steps for ranks in step for piece in ranks)
+
+    @property
+    def most_tokens(self) -> int:
+        return max(piece.num_tokens for step in self.steps for ranks in step for piece in ranks)
+
+    @property
+    def most_rows(self) -> int:
+        return max(piece.num_rows for step in self.steps for ranks in step for piece in ranks)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Of the longest step."""
+        return max(len(step) for step in self.steps)
+
+
+def data_workload(config: RunConfig, num_steps: int, num_ranks: int, *, first_step: int = 0) -> Workload:
+    """The first steps of the run, tokenised and packed as the run does it.
+
+    Raises:
+        ConfigError, DataError: the tokenizer or the data cannot be had here.
+    """
+    train, _ = load_datasets(config.data, load_tokenizer(config.student.model), config.seed)
+    training = config.training
+
+    def of_rank(rank: int) -> list[Step]:
+        return list(
+            training_steps(
+                train.samples,
+                num_steps=first_step + num_steps,
+                samples_per_step=training.samples_per_step,
+                tokens_per_microbatch=training.tokens_per_microbatch,
+                seed=config.seed,
+                rank=rank,
+                num_ranks=num_ranks,
+                start=first_step,
+            )
+        )
+
+    return Workload(_by_step([of_rank(rank) for rank in range(num_ranks)]), f"{config.data.train}, as the run packs it")
+
+
+def uniform_workload(
+    config: RunConfig, num_steps: int, num_ranks: int, *, tokens_per_sample: int, loss_share: float
+) -> Workload:
+    """Every sample has as many tokens, the last `loss_share` of them in the loss."""
+    mask = np.arange(tokens_per_sample) >= round((1 - loss_share) * tokens_per_sample)
+    samples = [Sample(np.zeros(tokens_per_sample, np.int32), mask, i) for i in range(config.training.samples_per_step)]
+    budget = config.training.tokens_per_microbatch
+
+    def of_rank(rank: int) -> list[Step]:
+        return [pack_step(samples, tokens_per_microbatch=budget, rank=rank, num_ranks=num_ranks)] * num_steps
+
+    source = f"samples of {tokens_per_sample} tokens, {loss_share:.0%} of them in the loss"
+    return Workload(_by_step([of_rank(rank) for rank in range(num_ranks)]), source)
+
+
+def _by_step(ranks: Sequence[Sequence[Step]]) -> tuple[tuple[tuple[Piece, ...], ...], ...]:
+    """Ranks have as many microbatches in each step."""
+    return tuple(
+        tuple(
+            tuple(Piece(m.sequence_lengths, m.num_loss_tokens) for m in microbatches)
+            for microbatches in zip(*(step.microbatches for step in steps), strict=True)
+        )
+        for steps in zip(*ranks, strict=True)
+    )

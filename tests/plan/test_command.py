@@ -1,0 +1,139 @@
+"""`kdflow plan` as a command, and the rates that it takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdflow.config import RunConfig, dump_config
+from kdflow.errors import ConfigError
+from kdflow.plan import GPUS, load_rates
+from kdflow.plan.command import make_machine
+from kdflow.plan.plan import Plan, make_plan
+from kdflow.plan.shapes import load_shape
+from kdflow.plan.workload import data_workload, uniform_workload
+
+
+def plan(config: RunConfig, path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    path.write_text(dump_config(config), encoding="utf-8")
+    command = [sys.executable, "-c", "from kdflow.cli import main; main()", "plan", str(path), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_plan_of_hundreds_of_gpus_needs_no_weights_and_no_data(run_config, tiny: Path, tmp_path: Path) -> None:
+    for role in ("teacher", "student"):
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "config.json").write_bytes((tiny / role / "config.json").read_bytes())
+    config = run_config(
+        teacher__model=tmp_path / "teacher",
+        student__model=tmp_path / "student",
+        data__train="none.jsonl",
+        student__num_ranks=192,
+        teacher__num_workers=64,
+        training__samples_per_step=768,
+    )
+    options = ("--rates", "H100", "--nodes", "32", "--tokens_per_sample", "128")
+    result = plan(config, tmp_path / "run.yaml", *options)
+    assert result.returncode == 0, result.stderr
+    for part in ("master weights, fp32", "AdamW moments", "teacher's weights", "student: loss", "hours", "bottleneck"):
+        assert part in result.stdout
+    assert "256 x H100 on 32 nodes" in result.stdout
+    assert re.search(r"microbatch +[\d,]+ tokens would fit", result.stdout)
+    failed = plan(config, tmp_path / "run.yaml", "--rates", "H100")
+    assert failed.returncode == 1
+    assert "--tokens_per_sample N plans without the data" in failed.stderr
+
+
+def make(config: RunConfig, **machine) -> Plan:
+    num_ranks = config.student.num_ranks
+    student, teacher = load_shape(config.student.model), load_shape(config.teacher.model)
+    workload = uniform_workload(config, 4, num_ranks, tokens_per_sample=64, loss_share=0.5)
+    return make_plan(config, student, teacher, workload, make_machine(config, GPUS["H100"], **machine))
+
+
+def test_more_of_what_limits_is_what_the_plan_asks_for(run_config) -> None:
+    one = make(run_config(student__num_ranks=4, training__samples_per_step=16))
+    assert one.bottleneck.startswith("teachers: ranks wait")
+    wanted = int(re.findall(r"about (\d+) workers", one.bottleneck)[0])
+    enough = make(run_config(student__num_ranks=4, training__samples_per_step=16, teacher__num_workers=wanted + 1))
+    assert enough.bottleneck.startswith("students, which never wait")
+    assert enough.tokens_per_s > 1.2 * one.tokens_per_s
+    assert enough.hours < one.hours
+    shared = make(run_config(), num_gpus=1)
+    assert shared.sharing
+    assert shared.bottleneck.startswith("teacher and student share a device")
+    assert shared.needed_bytes == shared.student_memory.total + shared.teacher_memory.total
+
+
+def test_the_largest_budget_is_the_last_that_fits(run_config) -> None:
+    config = run_config(training__samples_per_step=8)
+    found = make(config)
+    assert found.largest_budget is not None
+    for budget, fits in ((found.largest_budget, True), (found.largest_budget + 256, False)):
+        # One microbatch of exactly that many tokens, half of them in the loss.
+        options = {"training__tokens_per_microbatch": budget, "data__max_length": budget}
+        full = run_config(training__samples_per_step=1, **options)
+        workload = uniform_workload(full, 2, 1, tokens_per_sample=budget, loss_share=0.5)
+        shapes = load_shape(config.student.model), load_shape(config.teacher.model)
+        # The ring's slots are of the configured budget: that is left as it was.
+        planned = make_plan(
+            run_config(training__samples_per_step=1), *shapes, workload, make_machine(config, GPUS["H100"])
+        )
+        assert planned.fits is fits, (budget, planned.needed_bytes, planned.capacity_bytes)
+
+
+def test_the_workload_is_what_the_run_packs(run_config) -> None:
+    from kdflow.launcher.prepare import prepare
+    from kdflow.training import plan as run_plan
+
+    config = run_config(student__num_ranks=2, data__num_eval_samples=0)
+    prepared = prepare(config)
+    steps = [list(run_plan(config, prepared.train, None, rank=rank, num_ranks=2)) for rank in range(2)]
+    workload = data_workload(config, 4, 2)
+    for number, step in enumerate(workload.steps):
+        for rank in range(2):
+            ours = [(p[rank].lengths, p[rank].num_rows) for p in step]
+            assert ours == [(m.sequence_lengths, m.num_loss_tokens) for m in steps[rank][number].microbatches]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json", "not JSON"),
+        ('{"like": "H900"}', "like: expected one of A100, H100"),
+        ('{"matmul_flops": 1}', "missing ['capacity_bytes'"),
+        ('{"like": "H100", "matmul_flop": 1}', "unknown ['matmul_flop']"),
+        ('{"kind": "environment", "gpu": null}\n', "expected rows of `python -m bench ceilings`"),
+    ],
+)
+def test_bad_rates(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_rates(str(path))
+    assert message in str(error.value)
+    with pytest.raises(ConfigError, match='did you mean "H100"'):
+        load_rates("H10")
+
+
+def test_rates_of_a_file_and_of_a_measurement(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"like": "H200", "matmul_flops": 5e14}))
+    rates = load_rates(str(path))
+    assert rates.matmul_flops == 5e14
+    assert rates.capacity_bytes == GPUS["H200"].capacity_bytes
+    environment = {"kind": "environment", "gpu": None, "cpu": {"model": "some CPU", "memory_gib": 16.0}}
+    rows = [
+        {"suite": "ceilings", "params": {"rate": rate, "rate_per_work": factor}, "work": 10.0, "median_s": 2.0}
+        for rate, factor in (("matmul_flops", 1), ("memory_bytes", 2), ("loss_logits", 1))
+    ]
+    measured = tmp_path / "ceilings.jsonl"
+    measured.write_text("".join(json.dumps(record) + "\n" for record in (environment, *rows)))
+    rates = load_rates(str(measured))
+    assert (rates.matmul_flops, rates.memory_bytes, rates.shared) == (5.0, 10.0, True)
+    assert rates.capacity_bytes == 16 * 2**30

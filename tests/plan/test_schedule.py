@@ -1,0 +1,79 @@
+"""The simulation against schedules that one can work out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from kdflow.plan.schedule import Costs, Schedule, simulate
+
+
+def schedule(
+    prefill: float,
+    student: float,
+    *,
+    num_steps: int = 50,
+    num_microbatches: int = 2,
+    ranks: Sequence[int] = (0,),
+    teachers: Sequence[int] = (1,),
+    num_slots: int = 4,
+    optimizer: float = 0.0,
+    transfer: float = 0.0,
+) -> Schedule:
+    costs = Costs(prefill, transfer, student / 4, student / 4, student / 2)
+    steps = [[[costs] * len(ranks)] * num_microbatches] * num_steps
+    return Schedule(steps, optimizer, ranks, teachers, num_slots)
+
+
+def test_the_slower_side_sets_the_pace() -> None:
+    fast_teacher = simulate(schedule(1.0, 3.0, optimizer=0.5))
+    assert fast_teacher.step_seconds[-1] == pytest.approx(2 * 3.0 + 0.5)
+    assert fast_teacher.wait == pytest.approx(0.0, abs=0.01)
+    assert fast_teacher.teacher_busy == pytest.approx(2 / 6.5, rel=0.05)
+    slow_teacher = simulate(schedule(4.0, 3.0))
+    assert slow_teacher.step_seconds[-1] == pytest.approx(2 * 4.0)
+    assert slow_teacher.teacher_busy == pytest.approx(1.0, abs=0.02)
+    assert slow_teacher.wait == pytest.approx(0.25, abs=0.02)
+
+
+def test_one_slot_makes_both_sides_take_turns() -> None:
+    # The forward's quarter runs while the teacher prefills.
+    turns = simulate(schedule(2.0, 4.0, num_slots=1))
+    assert turns.step_seconds[-1] == pytest.approx(2 * (2.0 + 3.0))
+
+
+def test_a_shared_device_does_the_sum_of_both() -> None:
+    shared = simulate(schedule(3.0, 5.0, ranks=(0,), teachers=(0,)))
+    assert shared.seconds == pytest.approx(50 * 2 * 8.0, rel=0.02)
+    assert shared.step_seconds[10] == pytest.approx(16.0, rel=0.05)
+
+
+@pytest.mark.parametrize(("num_teachers", "per_step"), [(1, 8.0), (2, 4.0), (4, 3.0)])
+def test_four_ranks_need_their_teachers(num_teachers: int, per_step: float) -> None:
+    teachers = tuple(range(4, 4 + num_teachers))
+    found = simulate(schedule(1.0, 1.5, ranks=(0, 1, 2, 3), teachers=teachers, num_microbatches=2))
+    assert sum(found.step_seconds[10:]) / 40 == pytest.approx(per_step, rel=0.05)
+
+
+def test_ranks_wait_for_the_slowest_of_them() -> None:
+    quick, slow = Costs(0.1, 0.0, 0.5, 0.5, 1.0), Costs(0.1, 0.0, 1.0, 1.0, 2.0)
+    found = simulate(Schedule([[[quick, slow]]] * 10, 0.0, (0, 1), (2,), 2))
+    assert found.step_seconds[-1] == pytest.approx(4.0)
+    assert found.student_busy == pytest.approx(0.75, abs=0.02)
+
+
+def test_a_long_way_needs_slots() -> None:
+    """Rows that travel for five times a microbatch."""
+    few = simulate(schedule(0.1, 1.0, transfer=5.0, num_slots=2))
+    many = simulate(schedule(0.1, 1.0, transfer=5.0, num_slots=8))
+    assert many.step_seconds[-1] == pytest.approx(2.0)
+    assert few.step_seconds[-1] > 2 * many.step_seconds[-1]
+
+
+def test_hundreds_of_devices() -> None:
+    found = simulate(
+        schedule(1.0, 4.0, num_steps=4, ranks=tuple(range(256)), teachers=tuple(range(256, 320)), num_slots=4)
+    )
+    assert found.step_seconds[-1] == pytest.approx(8.0, rel=0.05)
+    assert found.teacher_busy > 0.8

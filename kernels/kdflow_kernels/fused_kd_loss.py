@@ -1,33 +1,18 @@
-"""The fused KD loss: its public function and module, the choice of backend, and the autograd function.
+"""The fused KD loss: its public function and module.
 
 Shape suffixes: N rows, Vs and Vt vocabularies of student and teacher, Hs and Ht hidden sizes, K compared tokens.
 """
 
-import dataclasses
-from types import ModuleType
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from kdflow_kernels import reference, torch_backend, triton_backend, validation
+from kdflow_kernels import reference, validation
+from kdflow_kernels.chunked_loss import choose_backend, chunked_loss, row_loss
+from kdflow_kernels.compiled_loss import compiled_loss
 from kdflow_kernels.divergences import Divergence
-from kdflow_kernels.problem import GradientNeeds, Head, Problem, RowTerms
-
-
-class KDLossOutput(NamedTuple):
-    """Result of ``fused_kd_loss``. Only ``loss`` is differentiable; the rest is detached and on the inputs' device.
-
-    With reduction "none" the first three are (N,), zero in ignored rows; everything else is a 0-d tensor.
-    """
-
-    loss: Tensor  # kd_weight * kd_loss + ce_weight * ce_loss
-    kd_loss: Tensor  # nats; 0 without a teacher
-    ce_loss: Tensor  # nats; 0 without labels
-    student_entropy: Tensor  # nats, mean over the rows not ignored of H(q), q as the divergence sees it
-    teacher_entropy: Tensor  # nats, the same of H(p); NaN without a teacher
-    top1_agreement: Tensor  # share of the rows not ignored where argmax p = argmax q; NaN without a teacher
-    num_tokens: Tensor  # int64, rows not ignored
+from kdflow_kernels.request import KDLossOutput, Options, Tensors, prepare
 
 
 def fused_kd_loss(
@@ -101,6 +86,8 @@ def fused_kd_loss(
             checked by value on CPU; on CUDA, where that would make the host wait, after
             ``kdflow_kernels.validation.check_values_on_cuda(True)``.
 
+    Inside ``torch.compile``, with fullgraph=True as well, it is one operator; see ``compiled_loss``.
+
     Sources: each divergence names its own; forming gradients in the forward follows Liger-Kernel (arXiv 2410.10989).
     """
     if torch.is_autocast_enabled(student_input.device.type):
@@ -109,180 +96,49 @@ def fused_kd_loss(
         teacher_input = None if teacher_input is None else teacher_input.to(dtype)
         teacher_weight = None if teacher_weight is None else teacher_weight.to(dtype)
 
-    student = Head(student_input, student_weight, student_bias, student_logit_scale, student_softcap, student_token_ids)
-    teacher = None
-    if teacher_input is not None and teacher_weight is not None:
-        teacher = Head(
-            teacher_input.detach(),
-            teacher_weight.detach(),
-            None if teacher_bias is None else teacher_bias.detach(),
-            teacher_logit_scale,
-            teacher_softcap,
-            teacher_token_ids,
-        )
-    divergence = validation.check_divergence(divergence)
-    num_compared = validation.check_heads(student, teacher, teacher_input, teacher_weight, kd_weight, vocab_size)
-    validation.check_rows(student, shift_labels, row_weight, ignore_index, ce_weight)
-    validation.check_scalars(
-        temperature, kd_weight, ce_weight, reduction, num_items, chunk_size, grad_filter_eps, backend
+    tensors = Tensors(
+        student_input,
+        student_weight,
+        student_bias,
+        teacher_input,
+        teacher_weight,
+        teacher_bias,
+        shift_labels,
+        row_weight,
+        student_token_ids,
+        teacher_token_ids,
+        num_items,
     )
-
-    num_rows = student_input.shape[0]
-    keep = None if shift_labels is None else shift_labels != ignore_index
-    accumulate = torch.promote_types(student_input.dtype, torch.float32)
-    num_tokens = torch.full((), num_rows, device=student_input.device) if keep is None else keep.sum()
-    scale = torch.ones(num_rows, device=student_input.device, dtype=accumulate)
-    if row_weight is not None:
-        scale = row_weight.detach().to(accumulate)
-    if reduction == "mean":
-        scale = scale / (num_tokens.clamp(min=1) if num_items is None else num_items)
-
-    kept_rows = None  # (kept,) row numbers, where ignored rows were cut out
-    labels = shift_labels
-    if keep is not None and labels is not None:
-        if student_input.device.type == "cpu":
-            if int(num_tokens) < num_rows:
-                kept_rows = keep.nonzero().squeeze(-1)
-                labels, scale = labels[kept_rows], scale[kept_rows]
-                student = dataclasses.replace(student, input=student.input.index_select(0, kept_rows))
-                if teacher is not None:
-                    teacher = dataclasses.replace(teacher, input=teacher.input.index_select(0, kept_rows))
-        else:
-            # Cutting rows out would make the host wait for their number: blank them instead, so that whatever they
-            # hold meets only zeros.
-            labels, scale = labels.masked_fill(~keep, 0), scale.masked_fill(~keep, 0.0)
-            student = dataclasses.replace(student, input=student.input.masked_fill(~keep[:, None], 0.0))
-            if teacher is not None:
-                teacher = dataclasses.replace(teacher, input=teacher.input.masked_fill(~keep[:, None], 0.0))
-
-    problem = Problem(
-        student=student,
-        teacher=teacher,
-        labels=labels,
-        row_scale=scale,
-        num_compared=num_compared,
+    options = Options(
         divergence=divergence,
         temperature=temperature,
         kd_weight=kd_weight,
         ce_weight=ce_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        vocab_size=vocab_size,
         chunk_size=chunk_size,
         grad_filter_eps=grad_filter_eps,
+        backend=backend,
     )
+    if torch.compiler.is_compiling() and backend != "reference":
+        return compiled_loss(tensors, options)
+
+    request = prepare(tensors, options)
+    problem = request.problem
     with torch.autocast(student_input.device.type, enabled=False):
         module = choose_backend(backend, problem)
         if module is None:
             terms = reference.row_terms(problem)
-            row_loss = _row_loss(problem, terms)
-            loss = row_loss if reduction == "none" else row_loss.sum()
+            loss = row_loss(problem, terms)
+            loss = loss if request.per_row else loss.sum()
         else:
-            loss, terms = _run_chunked(problem, module, per_row=reduction == "none")
-
-    def reduce(rows: Tensor | None) -> Tensor:
-        if rows is None:
-            return scale.new_zeros(num_rows if reduction == "none" else ())
-        rows = rows.detach() * scale
-        return spread(rows) if reduction == "none" else rows.sum()
-
-    def spread(rows: Tensor) -> Tensor:
-        return rows if kept_rows is None else rows.new_zeros(num_rows).index_put((kept_rows,), rows)
-
-    counted = None if keep is None or kept_rows is not None else keep
-
-    def mean(rows: Tensor | None) -> Tensor:
-        if rows is None:
-            return scale.new_full((), float("nan"))
-        total = (rows if counted is None else rows * counted).sum()
-        return total.detach() / num_tokens.clamp(min=1)
-
-    return KDLossOutput(
-        loss=spread(loss) if reduction == "none" else loss,
-        kd_loss=reduce(terms.kd),
-        ce_loss=reduce(terms.ce),
-        student_entropy=mean(terms.student_entropy),
-        teacher_entropy=mean(terms.teacher_entropy),
-        top1_agreement=mean(terms.top1_agreement),
-        num_tokens=num_tokens,
-    )
-
-
-def choose_backend(backend: str, problem: Problem) -> ModuleType | None:
-    """The module that runs the problem; None: the reference, which is no chunked backend.
-
-    "auto" is Triton on CUDA where triton is installed, else torch. What the row kernel does not cover (fp64, divergences
-    without a JIT form) goes to torch from both. Raises RuntimeError for "triton" where it cannot run.
-    """
-    if backend == "reference":
-        return None
-    if backend == "torch":
-        return torch_backend
-    device = problem.student.input.device
-    reason = triton_backend.unavailable(device)
-    if backend == "triton" and reason is not None:
-        raise RuntimeError(f"backend='triton': {reason}; or use backend='torch', which runs anywhere, or 'auto'")
-    if backend == "auto" and (reason is not None or device.type != "cuda"):
-        return torch_backend
-    return triton_backend if triton_backend.supports(problem) else torch_backend
-
-
-def _row_loss(problem: Problem, terms: RowTerms) -> Tensor:
-    """row_scale * (kd_weight * kd + ce_weight * ce), (N,)."""
-    loss = torch.zeros_like(problem.row_scale)
-    if terms.kd is not None and problem.kd_weight != 0.0:
-        loss = loss + problem.kd_weight * terms.kd
-    if terms.ce is not None and problem.ce_weight != 0.0:
-        loss = loss + problem.ce_weight * terms.ce
-    return loss * problem.row_scale
-
-
-def _run_chunked(problem: Problem, backend: ModuleType, *, per_row: bool) -> tuple[Tensor, RowTerms]:
-    student = problem.student
-    tracked = (student.input, student.weight, student.bias)
-    needs = GradientNeeds(*(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tracked))
-    results: list[RowTerms] = []
-    loss = _ChunkedLoss.apply(*tracked, problem, backend, needs, per_row, results)
-    return loss, results[0]
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Runs a chunked backend. A scalar loss has its gradients formed in the forward, a loss per row in the backward."""
-
-    @staticmethod
-    def forward(ctx, student_input, student_weight, student_bias, problem, backend, needs, per_row, results):
-        student = dataclasses.replace(
-            problem.student,
-            input=student_input.detach(),
-            weight=student_weight.detach(),
-            bias=None if student_bias is None else student_bias.detach(),
-        )
-        problem = dataclasses.replace(problem, student=student)
-        formed_here = needs if not per_row else GradientNeeds(False, False, False)
-        terms, gradients = backend.run(problem, formed_here)
-        results.append(terms)
-        if needs:
-            ctx.save_for_backward(student_input, student_weight, student_bias)
-            ctx.problem, ctx.backend, ctx.needs = problem, backend, needs
-            ctx.gradients = None if per_row else gradients
-        row_loss = _row_loss(problem, terms)
-        return row_loss if per_row else row_loss.sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss):
-        tensors = ctx.saved_tensors  # raises if an input was changed in place since the forward
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            # A loss per row, or a second backward through a retained graph: form them now.
-            problem = dataclasses.replace(ctx.problem, row_scale=ctx.problem.row_scale * grad_loss)
-            _, gradients = ctx.backend.run(problem, ctx.needs)
-        else:
-            for gradient in (gradients.input, gradients.weight, gradients.bias):
-                if gradient is not None:
-                    ctx.backend.scale_(gradient, grad_loss)
-        gradients = [
-            None if gradient is None else gradient.to(tensor.dtype)
-            for gradient, tensor in zip((gradients.input, gradients.weight, gradients.bias), tensors, strict=True)
-        ]
-        return *gradients, None, None, None, None, None
+            loss, terms = chunked_loss(problem, module, per_row=request.per_row)
+    return request.output(loss, terms)
 
 
 class FusedKDLoss(nn.Module):

@@ -13,6 +13,8 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 
+from kdflow_kernels.registers import next_allowance
+
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bf16": 2, "fp32": 4}
 # What makes code of its own in the kernel, each alone; the first is the plain case.
@@ -111,7 +113,13 @@ def _compile(kernel, constants: dict[str, object], dtype: str, architecture: int
     attributes = {key: [["tt.divisibility", 16]] for key in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", architecture, 32)
-    return _resources(triton.compile(source, target=target, options={"num_warps": num_warps}))
+    options = {"num_warps": num_warps}
+    while True:
+        found = _resources(triton.compile(source, target=target, options=options))
+        allowance = next_allowance(found.registers)
+        if not found.spills or allowance is None:
+            return found
+        options["maxnreg"] = allowance
 
 
 def _resources(compiled) -> Resources:

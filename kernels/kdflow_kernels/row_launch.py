@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdflow_kernels.divergences import JITChoices, JITPointwise
 from kdflow_kernels.problem import GradientNeeds, Head, Problem, RowTerms
+from kdflow_kernels.registers import launch
 
 
 @dataclass(frozen=True)
@@ -78,52 +79,54 @@ class RowLauncher:
         def rows_of(tensor: Tensor | None) -> Tensor:
             return self._or_nothing(None if tensor is None else tensor[chunk])
 
+        of_rows = {
+            "labels": rows_of(problem.labels),
+            "row_scale": self.row_scale[chunk],
+            "row_parameters": self._or_nothing(self.row_parameters),
+            "choices": self._or_nothing(self.columns),
+            "choice_gradients": self._or_nothing(self.gradients),
+            "active": self._or_nothing(self.active),
+            "gradient": gradient,
+            "gradient_stride": gradient.stride(0),
+            "kd": rows_of(terms.kd),
+            "ce": rows_of(terms.ce),
+            "student_entropy": rows_of(terms.student_entropy),
+            "teacher_entropy": rows_of(terms.teacher_entropy),
+            "agreement": rows_of(terms.top1_agreement),
+            "kd_weight": problem.kd_weight,
+            "ce_weight": problem.ce_weight,
+            "parameter": parameter,
+            "filter_eps": problem.grad_filter_eps,
+            "POINTWISE": None if pointwise is None else pointwise.function,
+            "GRADIENT_SUM": None if pointwise is None else pointwise.gradient_sum,
+            "ROW_PARAMETERS": self.row_parameters is not None,
+            "NUM_CHOICES": 2 * self.top_k,
+            "FILTER": self.active is not None,
+            "HAS_TEACHER": problem.teacher is not None,
+            "HAS_LABELS": problem.labels is not None,
+            "KD_GRADIENT": bool(self.needs) and problem.teacher is not None and problem.kd_weight != 0.0,
+            "CE_GRADIENT": bool(self.needs) and problem.ce_weight != 0.0 and problem.labels is not None,
+            "TEMPERED": problem.temperature != 1.0,
+        }
         with on(self.row_scale.device):
             if pointwise is not None and pointwise.row_parameters is not None:
-                pointwise.row_parameters[grid](  # pyright: ignore[reportIndexIssue]
-                    row_parameters=self.row_parameters, parameter=parameter, **sources
+                launch(
+                    pointwise.row_parameters,
+                    grid,
+                    {**sources, "row_parameters": self.row_parameters, "parameter": parameter},
                 )
             if self.choices is not None:
-                choice_kernel[grid](
-                    kd=rows_of(terms.kd),
-                    choices=self.columns,
-                    choice_gradients=self.gradients,
-                    OF_CHOICES=self.choices.function,
-                    TOP_K=self.top_k,
-                    CHOICES=power_of_two(self.top_k),
-                    STEPS=power_of_two(-(-self.num_columns // self.layout.block)),
-                    **sources,
-                )
-            row_kernel[grid](
-                labels=rows_of(problem.labels),
-                row_scale=self.row_scale[chunk],
-                row_parameters=self._or_nothing(self.row_parameters),
-                choices=self._or_nothing(self.columns),
-                choice_gradients=self._or_nothing(self.gradients),
-                active=self._or_nothing(self.active),
-                gradient=gradient,
-                gradient_stride=gradient.stride(0),
-                kd=rows_of(terms.kd),
-                ce=rows_of(terms.ce),
-                student_entropy=rows_of(terms.student_entropy),
-                teacher_entropy=rows_of(terms.teacher_entropy),
-                agreement=rows_of(terms.top1_agreement),
-                kd_weight=problem.kd_weight,
-                ce_weight=problem.ce_weight,
-                parameter=parameter,
-                filter_eps=problem.grad_filter_eps,
-                POINTWISE=None if pointwise is None else pointwise.function,
-                GRADIENT_SUM=None if pointwise is None else pointwise.gradient_sum,
-                ROW_PARAMETERS=self.row_parameters is not None,
-                NUM_CHOICES=2 * self.top_k,
-                FILTER=self.active is not None,
-                HAS_TEACHER=problem.teacher is not None,
-                HAS_LABELS=problem.labels is not None,
-                KD_GRADIENT=bool(self.needs) and problem.teacher is not None and problem.kd_weight != 0.0,
-                CE_GRADIENT=bool(self.needs) and problem.ce_weight != 0.0 and problem.labels is not None,
-                TEMPERED=problem.temperature != 1.0,
-                **sources,
-            )
+                of_choices = {
+                    "kd": rows_of(terms.kd),
+                    "choices": self.columns,
+                    "choice_gradients": self.gradients,
+                    "OF_CHOICES": self.choices.function,
+                    "TOP_K": self.top_k,
+                    "CHOICES": power_of_two(self.top_k),
+                    "STEPS": power_of_two(-(-self.num_columns // self.layout.block)),
+                }
+                launch(choice_kernel, grid, {**sources, **of_choices})
+            launch(row_kernel, grid, {**sources, **of_rows})
 
     def _sources(self, num_rows: int, student_logits: Tensor, teacher_logits: Tensor | None) -> dict[str, Any]:
         """What all kernels are given: both sides' logits, how to read them, and the layout."""

@@ -44,7 +44,7 @@ def tail_share_kernel(
         best = tl.zeros((LANES,), tl.int32)
         m_t, total_t, moment_t = m_s, total_s, moment_s
         for step in range(num_steps):
-            z, x, y = logits(
+            _z, x, y = logits(
                 student_row, teacher_row, step * BLOCK + offsets, V, K, teacher_ids,
                 student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
                 True, PARTIAL, PAIRED,
@@ -52,8 +52,8 @@ def tail_share_kernel(
             )  # fmt: skip
             m_s, total_s, moment_s, best = take_in(x, step, exponent, m_s, total_s, moment_s, best)
             m_t, total_t, moment_t, best = take_in(y, step, exponent, m_t, total_t, moment_t, best)
-        top_s, log_sum_s, entropy = merge(exponent, m_s, total_s, moment_s)
-        top_t, log_sum_t, entropy = merge(exponent, m_t, total_t, moment_t)
+        top_s, log_sum_s, _entropy = merge(exponent, m_s, total_s, moment_s)
+        top_t, log_sum_t, _entropy = merge(exponent, m_t, total_t, moment_t)
 
         # All tokens below a probability of parameter / K are in the tail: together they have at most `parameter`.
         low = top_t + (log_sum_t + tl.log(parameter / K) - 0.01) / inverse_temperature
@@ -68,7 +68,7 @@ def tail_share_kernel(
             least = tl.full((LANES,), HUGE, tl.float32)
             most = tl.full((LANES,), -HUGE, tl.float32)
             for step in range(num_steps):
-                z, x, y = logits(
+                _z, x, y = logits(
                     student_row, teacher_row, step * BLOCK + offsets, V, K, teacher_ids,
                     student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
                     True, PARTIAL, PAIRED, False, False, False, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
@@ -95,7 +95,7 @@ def tail_share_kernel(
         tail_sum = tl.zeros((LANES,), tl.float32)
         reverse_kl = tl.zeros((LANES,), tl.float32)
         for step in range(num_steps):
-            z, x, y = logits(
+            _z, x, y = logits(
                 student_row, teacher_row, step * BLOCK + offsets, V, K, teacher_ids,
                 student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
                 True, PARTIAL, PAIRED,
@@ -174,7 +174,7 @@ def choice_kernel(
         steps_s = tl.zeros((LANES, WIDTH), tl.int32)
         most_t, steps_t = most_s, steps_s
         for step in range(num_steps):
-            z, x, y = logits(
+            _z, x, y = logits(
                 student_row, teacher_row, step * BLOCK + offsets, V, K, teacher_ids,
                 student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
                 True, PARTIAL, PAIRED,
@@ -184,8 +184,8 @@ def choice_kernel(
             m_t, total_t, moment_t, best = take_in(y, step, exponent, m_t, total_t, moment_t, best)
             steps_s, most_s = tl.where(x > most_s, step, steps_s), tl.maximum(most_s, x)
             steps_t, most_t = tl.where(y > most_t, step, steps_t), tl.maximum(most_t, y)
-        top_s, log_sum_s, entropy = merge(exponent, m_s, total_s, moment_s)
-        top_t, log_sum_t, entropy = merge(exponent, m_t, total_t, moment_t)
+        top_s, log_sum_s, _entropy = merge(exponent, m_s, total_s, moment_s)
+        top_t, log_sum_t, _entropy = merge(exponent, m_t, total_t, moment_t)
 
         columns_t = tl.full((CHOICES,), 0, tl.int32)
         columns_s = tl.full((CHOICES,), 0, tl.int32)
@@ -193,7 +193,7 @@ def choice_kernel(
             top, column = _choose(most_t, steps_t, offsets, BLOCK)
             columns_t = tl.where(ranks == rank, column, columns_t)
             places = tl.where(all_steps < num_steps, all_steps * BLOCK, 0) + column % BLOCK
-            z, x, y = logits(
+            _z, x, y = logits(
                 student_row, teacher_row, places, V, K, teacher_ids,
                 student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
                 True, PARTIAL, PAIRED, False, False, False, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
@@ -204,7 +204,7 @@ def choice_kernel(
             top, column = _choose(most_s, steps_s, offsets, BLOCK)
             columns_s = tl.where(ranks == rank, column, columns_s)
             places = tl.where(all_steps < num_steps, all_steps * BLOCK, 0) + column % BLOCK
-            z, x, y = logits(
+            _z, x, y = logits(
                 student_row, teacher_row, places, V, K, teacher_ids,
                 student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
                 False, PARTIAL, PAIRED,
@@ -213,7 +213,7 @@ def choice_kernel(
             x = tl.where(all_steps < num_steps, x, -HUGE)
             most_s, steps_s = _put_next(most_s, steps_s, offsets, top, column, x, all_steps, BLOCK)
 
-        z, x, y = logits(
+        _z, x, y = logits(
             student_row, teacher_row, columns_t, V, K, teacher_ids,
             student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
             True, PARTIAL, PAIRED,
@@ -221,7 +221,7 @@ def choice_kernel(
         )  # fmt: skip
         log_p_t = (y - top_t) * exponent * LN_2 - log_sum_t
         log_q_t = (x - top_s) * exponent * LN_2 - log_sum_s
-        z, x, y = logits(
+        _z, x, y = logits(
             student_row, teacher_row, columns_s, V, K, teacher_ids,
             student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
             True, PARTIAL, PAIRED,

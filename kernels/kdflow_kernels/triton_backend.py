@@ -67,8 +67,6 @@ def unavailable(device: torch.device) -> str | None:
 def supports(problem: Problem) -> bool:
     """Whether the row kernel covers this problem; torch_backend serves the others."""
     dtypes = {head.weight.dtype for head in (problem.student, problem.teacher) if head is not None}
-    if problem.grad_filter_eps > 0.0:
-        return False
     return torch.float64 not in dtypes and (problem.teacher is None or problem.divergence.jit() is not None)
 
 

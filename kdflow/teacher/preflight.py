@@ -206,7 +206,7 @@ class _Probe:
         return float(self.difference(_log_softmax(*change(self.rows, self.head))).mean()) <= at.mean
 
     def source(self, wrong: torch.Tensor, sample: int, at: _Tolerance) -> tuple[int, int] | None:
-        """(sample, shift) of the rows that belong where the wrong ones of `sample` are."""
+        """(sample, shift) of where most of the wrong rows of `sample` come from."""
         places = torch.nonzero(wrong & (self.owner == sample))[:, 0]
         begin = {i: int(torch.nonzero(self.owner == i)[0]) for i in self.owner.unique().tolist()}
         for other in sorted(begin, key=lambda i: i != sample):
@@ -219,7 +219,7 @@ class _Probe:
                 if inside.sum() < max(2, len(places) // 2):
                     continue
                 computed = self.log_softmax[found[inside], self.targets[places[inside]]]
-                if (computed - self.reported[places[inside]]).abs().mean() <= at.mean:
+                if (computed - self.reported[places[inside]]).abs().median() <= at.mean:
                     return other, shift
         return None
 

@@ -105,11 +105,12 @@ class SGLangTeacher:
     async def _watch(self) -> None:
         import psutil
 
-        processes = [psutil.Process(pid) for pid in self._engine.get_all_child_pids()]
+        # Schedulers and detokenizer, by the names that they give themselves.
+        processes = {p: p.name() for p in psutil.Process().children(recursive=True) if p.name().startswith("sglang::")}
         while not self._death.done():
-            for process in processes:
+            for process, name in processes.items():
                 if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                    self._mourn(f"process {process.pid} of the SGLang engine ended")
+                    self._mourn(f"{name} (process {process.pid}) of the SGLang engine ended")
             await asyncio.sleep(_TICK_S)
 
     def _mourn(self, message: str) -> None:
@@ -118,39 +119,34 @@ class SGLangTeacher:
 
     async def _handshake(self, on_term: Any) -> None:
         """Proves that the plugin answers in the scheduler, and takes the signals back that SGLang took."""
-        (reply,) = await self._generate([np.zeros(1, np.int32)], [Errand(ring="")])
+        answered = await self._generate([np.zeros(1, np.int32)], [Errand(ring="")])
         self._loop.remove_signal_handler(signal.SIGTERM)
         signal.signal(signal.SIGTERM, on_term)
         self._loop.add_signal_handler(signal.SIGQUIT, self._mourn, "a process of the SGLang engine reported an error")
-        if reply != [0]:
+        if not answered:
             raise TeacherFault(
-                f"SGLang {_installed_version()} runs without kdflow's plugin: it should have answered [0], got "
-                f"{reply}. Its traceback is above if it failed to load; SGLANG_PLUGINS must not leave "
-                f"{sglang_plugin.KEY} out; after an update of kdflow, install it again"
+                f"SGLang {_installed_version()} runs without kdflow's plugin, which did not answer the first request. "
+                f"Its traceback is above if it failed to load; SGLANG_PLUGINS must not leave {sglang_plugin.KEY} out; "
+                "after an update of kdflow, install it again"
             )
 
-    async def _generate(self, samples: Sequence[np.ndarray], errands: Sequence[Errand]) -> list[Any]:
-        """Prefills; what the plugin replied to each."""
+    async def _generate(self, samples: Sequence[np.ndarray], errands: Sequence[Errand]) -> bool:
+        """Prefills; whether the plugin answered for each."""
         replies = await self._engine.async_generate(
             input_ids=[sample.tolist() for sample in samples],
-            sampling_params=[
-                {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True, "custom_params": errand.to_params()}
-                for errand in errands
-            ],
+            # With no token to generate the engine neither samples nor begins to decode.
+            sampling_params=[{"max_new_tokens": 0, "custom_params": errand.to_params()} for errand in errands],
             return_hidden_states=True,
         )
-        return [reply["meta_info"].get(sglang_plugin.KEY) for reply in replies]
+        return all(sglang_plugin.KEY in reply["meta_info"] for reply in replies)
 
     async def _prefill(self, microbatch: Microbatch, errand: Errand) -> None:
         """Has the loss rows of a microbatch written into the slot that `errand` names."""
-        samples, errands = split(microbatch, errand)
-        replies = await self._generate(samples, errands)
-        for sample, part, reply in zip(samples, errands, replies, strict=True):
-            if reply != [len(part.positions())]:
-                raise TeacherFault(
-                    f"ticket {errand.ticket}: expected {len(part.positions())} hidden states of a request of "
-                    f"{len(sample)} tokens, the plugin reports {reply}; is another plugin of SGLang in its way?"
-                )
+        if not await self._generate(*split(microbatch, errand)):
+            raise TeacherFault(
+                f"ticket {errand.ticket}: SGLang answered, its plugin did not; is another plugin in its way, or does "
+                "this release forward by another method for some batches?"
+            )
 
     # --- the teacher's side of the rings ---
 

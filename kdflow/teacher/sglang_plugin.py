@@ -4,8 +4,9 @@ SGLang loads it in every run through the entry point `sglang.srt.plugins`; it do
 is set, as kdflow/teacher/sglang.py does, and touches no request but those that bring an Errand. What SGLang itself does
 with hidden states, copying them to the host and making lists, is off for these.
 
-An answered errand comes back as `meta_info["kdflow"]`: the number of rows in the ring, which the worker compares with
-what it asked for. So a plugin that was not loaded is noticed at the first request.
+The plugin counts: a slot is published when all its rows were written, and given up, with the reason, if that cannot be
+any more. The key "kdflow" in the meta_info of a reply says that it was there at all, so one that was not loaded is
+noticed at the first request.
 """
 
 from __future__ import annotations
@@ -79,14 +80,12 @@ class _Record:
         shape = (errand.num_rows, hidden_size)
         self._rows = None if slot is None else slot.tensor(shape, getattr(torch, errand.dtype))
 
-    def write(self, errand: Errand, hidden: torch.Tensor, prefix: int) -> int:
+    def write(self, errand: Errand, hidden: torch.Tensor, prefix: int, is_last: bool) -> None:
         """Takes the rows of one request that this forward computed.
 
         Args:
             hidden: (n, H) of the positions `prefix` to `prefix + n` of the request.
-
-        Returns:
-            How many rows of this request are through.
+            is_last: no more of this request will come.
         """
         positions, done = errand.positions(), self._done.get(errand.first_row, 0)
         first, last = np.searchsorted(positions, (prefix, prefix + len(hidden)))
@@ -95,6 +94,9 @@ class _Record:
                 f"{first - done} rows of a request lie in a prefix of {prefix} tokens that was not computed; turn the "
                 "engine's prefix cache off (disable_radix_cache)"
             )
+        if is_last and last < len(positions):
+            self.give_up(f"a request ended at {prefix + len(hidden)} tokens, {len(positions) - last} rows lie behind")
+            last = len(positions)
         first = max(first, done)  # a request that was taken back computes rows again
         if last > first and self._rows is not None:
             index = torch.from_numpy(positions[first:last].astype(np.int64) - prefix)
@@ -104,7 +106,6 @@ class _Record:
             self._rows[at + first : at + last].copy_(hidden.index_select(0, index))
         self._done[errand.first_row] = max(last, done)
         self.num_missing -= max(last - done, 0)
-        return self._done[errand.first_row]
 
     def give_up(self, reason: str) -> None:
         if self.slot is not None:
@@ -127,21 +128,20 @@ class Capture:
         self._open: dict[tuple[str, int], _Record] = {}
         self._published_ns = 0
 
-    def take(self, errand: Errand, hidden: torch.Tensor, prefix: int) -> int:
+    def take(self, errand: Errand, hidden: torch.Tensor, prefix: int, is_last: bool) -> None:
         """Writes what a forward computed of one request; see _Record.write."""
         if not errand.ring:
-            return 0
+            return
         key = (errand.ring, errand.ticket)
         record = self._open.get(key)
         if record is None:
             record = self._open[key] = _Record(self._reserve(errand, hidden.device), errand, hidden.shape[1])
-        done = record.write(errand, hidden, prefix)
+        record.write(errand, hidden, prefix, is_last)
         if record.num_missing == 0:
             del self._open[key]
             # Records overlap in the engine; each is told the time since the one before.
             record.publish(max(errand.asked_ns, self._published_ns))
             self._published_ns = time.monotonic_ns()
-        return done
 
     def _reserve(self, errand: Errand, device: torch.device) -> WriteSlot | CudaWriteSlot | None:
         """The slot, or None where somebody else has the ticket or has answered it: it was asked for twice."""
@@ -175,14 +175,15 @@ def after_forward(result: Any, worker: Any, batch: Any = None, *args: Any, **kwa
     if not any(errands):
         return
     hidden, output.hidden_states = output.hidden_states, None
-    replies: list[int | None] = [None] * len(errands)
-    if worker.model_runner.tp_rank == 0:
-        begin = 0
-        for index, (errand, prefix, n) in enumerate(zip(errands, batch.prefix_lens, batch.extend_lens, strict=True)):
-            if errand is not None:
-                replies[index] = _capture.take(errand, hidden[begin : begin + n], prefix)
-            begin += n
-    output.customized_info = {KEY: replies}
+    output.customized_info = {KEY: [None] * len(errands)}
+    if worker.model_runner.tp_rank != 0:
+        return
+    begin = 0
+    for request, errand, prefix, n in zip(batch.reqs, errands, batch.prefix_lens, batch.extend_lens, strict=True):
+        if errand is not None:
+            is_last = prefix + n >= len(request.origin_input_ids)
+            _capture.take(errand, hidden[begin : begin + n], prefix, is_last)
+        begin += n
 
 
 def register() -> None:

@@ -24,11 +24,12 @@ def fault() -> str:
 
 def rows_of_another_request(batch: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Requests get one another's rows, as far as they are long enough."""
-    parts = list(hidden.split(batch.extend_seq_lens.tolist()))
-    for index, part in enumerate(parts):
-        other = parts[index - 1]
-        part[: len(other)] = other[: len(part)].clone()
-    return torch.cat(parts)
+    lengths = batch.extend_seq_lens.tolist()
+    sound = hidden.clone().split(lengths)
+    for index, part in enumerate(hidden.split(lengths)):
+        other = sound[index - 1]
+        part[: len(other)] = other[: len(part)]
+    return hidden
 
 
 def shift_behind_cached_prefix(batch: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -63,7 +64,7 @@ def around_forward(forward: Any, runner: Any, batch: Any, *args: Any, **kwargs: 
                 weight.zero_()
     result = forward(runner, batch, *args, **kwargs)
     output = result.logits_output
-    if output.hidden_states is not None and fault() in FAULTS:
+    if output.hidden_states is not None and batch.extend_seq_lens is not None and fault() in FAULTS:
         output.hidden_states = FAULTS[fault()](batch, output.hidden_states.clone())
     return result
 

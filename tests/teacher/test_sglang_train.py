@@ -1,0 +1,146 @@
+"""`kdflow train` on the real engine: the numbers of the Hugging Face teacher, also when schedulers are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kdflow.config import load_config
+from support.run import command, metrics_of, train
+from support.sglang_engine import FAULTS, needs_sglang
+
+pytestmark = [needs_sglang, pytest.mark.timeout(600)]
+EXACT = {"teacher__dtype": "float32", "student__compute_dtype": "float32"}
+
+
+def losses(config) -> dict[str, list[float]]:
+    return {
+        f"{kind} {name}": [m[name] for m in metrics_of(config, kind)]
+        for kind, name in (("train", "loss"), ("train", "grad_norm"), ("eval", "kl"))
+    }
+
+
+def assert_same(config, other) -> None:
+    """Losses within 0.1%."""
+    wanted = losses(other)
+    for name, values in losses(config).items():
+        assert values == pytest.approx(wanted[name], rel=1e-3), name
+
+
+@pytest.fixture
+def on_hf(run_config, tmp_path: Path):
+    """The run of the Hugging Face teacher with these options."""
+
+    def run(**options: object):
+        config = run_config(output_dir=tmp_path / "hf", **EXACT, **options)
+        result = train(config)
+        assert result.returncode == 0, result.stderr
+        return config
+
+    return run
+
+
+def test_two_replicas_match_hf(run_config, on_hf, tmp_path: Path) -> None:
+    """Two engines take from one request ring; each is probed again after every third microbatch."""
+    options = {"training__num_steps": 12, "training__eval_every": 6, "training__tokens_per_microbatch": 128}
+    config = run_config(
+        output_dir=tmp_path / "sglang",
+        teacher__backend="sglang",
+        teacher__num_workers=2,
+        teacher__check_every=3,
+        **EXACT,
+        **options,
+    )
+    result = train(config)
+    assert result.returncode == 0, result.stderr
+    assert_same(config, on_hf(**options))
+    assert metrics_of(config, "train")[0]["teacher_tokens_per_s"] > 0
+
+
+def schedulers(pid: int) -> list[psutil.Process]:
+    """SGLang's schedulers below a process, which name themselves so."""
+    return [p for p in psutil.Process(pid).children(recursive=True) if "sglang::scheduler" in " ".join(p.cmdline())]
+
+
+def test_killed_schedulers_change_no_number(run_config, on_hf, tmp_path: Path) -> None:
+    """Two kills, at different moments; the teacher comes back, and what was in flight is asked for again."""
+    options = {"training__num_steps": 60}
+    config = run_config(output_dir=tmp_path / "sglang", teacher__backend="sglang", **EXACT, **options)
+    with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        killed: list[float] = []
+        restarted: list[float] = []
+        for line in process.stdout:
+            if "is started again" in line:
+                restarted.append(time.monotonic())
+            if line.startswith(("step 3/", "step 20/")):
+                (scheduler,) = schedulers(process.pid)
+                scheduler.send_signal(signal.SIGKILL)
+                killed.append(time.monotonic())
+        assert process.wait(timeout=60) == 0, process.stderr.read()
+    print("noticed after", [f"{b - a:.1f} s" for a, b in zip(killed, restarted, strict=True)])
+    assert len(restarted) == 2
+    assert_same(config, on_hf(**options))
+
+
+def test_no_restart_left(run_config) -> None:
+    config = run_config(teacher__backend="sglang", teacher__max_restarts=0, training__num_steps=500)
+    with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("step 2/"):
+                (scheduler,) = schedulers(process.pid)
+                scheduler.send_signal(signal.SIGKILL)
+        error = process.stderr.read()
+        assert process.wait(timeout=60) == 1
+    assert "ended with exit code 75" in error
+    assert f"(process {scheduler.pid}) of the SGLang engine ended" in error
+
+
+def test_teacher_that_changes_ends_the_run(run_config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its weights vanish under way: the probe tells, and nothing is started again."""
+    fault = tmp_path / "fault"
+    monkeypatch.setenv("SGLANG_FAULT", str(fault))
+    monkeypatch.setenv("PYTHONPATH", str(FAULTS), prepend=os.pathsep)
+    config = run_config(teacher__backend="sglang", teacher__check_every=4, training__num_steps=500)
+    with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            assert "is started again" not in line
+            if line.startswith("step 2/"):
+                fault.write_text("no_weights")
+        error = process.stderr.read()
+        assert process.wait(timeout=60) == 1
+    assert "teacher: error: teacher changed" in error
+
+
+MODELS = Path("~/.cache/kdflow").expanduser()
+
+
+@pytest.mark.skipif(not MODELS.is_dir(), reason="needs the models of examples/prepare_models.py")
+def test_the_main_job(tmp_path: Path) -> None:
+    """The real 135M model, in bfloat16 where the machine has it: each loss within 1% of the Hugging Face teacher's."""
+    example = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
+    found = {}
+    for backend in ("hf", "sglang"):
+        options = {
+            "output_dir": tmp_path / backend,
+            "teacher.backend": backend,
+            "training.num_steps": 4,
+            "data.num_eval_samples": 4,
+        }
+        config = load_config(example, [f"--{name}={value}" for name, value in options.items()])
+        result = subprocess.run(command(config), capture_output=True, text=True, timeout=400, cwd=example.parents[1])
+        assert result.returncode == 0, result.stderr
+        found[backend] = losses(config)
+    for name in ("train loss", "eval kl"):
+        assert found["sglang"][name] == pytest.approx(found["hf"][name], rel=0.01), name

@@ -12,7 +12,7 @@ from kdflow.config import RunConfig
 from kdflow.errors import TransportError
 from kdflow.launcher.prepare import open_output, prepare
 from kdflow.launcher.rank import RankSpec, run_rank
-from kdflow.launcher.teachers import TeacherProcess
+from kdflow.launcher.teachers import TeacherProcess, check_teachers
 from kdflow.modeling import hide_progress_bars, resolve_device
 from kdflow.teacher.worker import WorkerSpec
 from kdflow.tracing import FOLDER, merged_timeline
@@ -92,9 +92,7 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
                 wait_for_teachers()
                 finished = _run_ranks(spec)
         except TransportError:
-            for teacher in teachers:
-                if teacher.exit_code:  # 0 is that of one whose students have gone
-                    teacher.check()
+            check_teachers(teachers)
             raise
     say(f"model: {folder / 'model'}" if finished else _how_to_go_on(folder))
     return finished

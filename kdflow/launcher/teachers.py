@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -152,6 +152,20 @@ class TeacherProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def check_teachers(teachers: Sequence[TeacherProcess], grace_s: float = 5.0) -> None:
+    """After an error of the rings: was it a teacher? One whose engine died needs a moment to end.
+
+    Raises:
+        TeacherDied: one has ended, or does so within `grace_s`.
+    """
+    deadline = time.monotonic() + grace_s
+    while time.monotonic() < deadline:
+        for teacher in teachers:
+            if teacher.exit_code:  # 0 is that of one whose students have gone
+                teacher.check()
+        time.sleep(_TICK_S)
 
 
 def _how(code: int) -> str:

@@ -68,22 +68,40 @@ def schedulers(pid: int) -> list[psutil.Process]:
     return [p for p in psutil.Process(pid).children(recursive=True) if "sglang::scheduler" in " ".join(p.cmdline())]
 
 
-def test_killed_schedulers_change_no_number(run_config, on_hf, tmp_path: Path) -> None:
-    """Two kills, at different moments; the teacher comes back, and what was in flight is asked for again."""
-    options = {"training__num_steps": 60}
-    config = run_config(output_dir=tmp_path / "sglang", teacher__backend="sglang", **EXACT, **options)
+@pytest.fixture
+def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file that chooses the fault of the engines that this test starts."""
+    path = tmp_path / "fault"
+    monkeypatch.setenv("SGLANG_FAULT", str(path))
+    monkeypatch.setenv("PYTHONPATH", str(FAULTS), prepend=os.pathsep)
+    return path
+
+
+def test_killed_schedulers_change_no_number(run_config, on_hf, fault: Path, tmp_path: Path) -> None:
+    """Two kills between two chunks of a microbatch: the teacher comes back and is asked for it again."""
+    options = {"training__num_steps": 40}
+    config = run_config(
+        output_dir=tmp_path / "sglang",
+        teacher__backend="sglang",
+        teacher__engine_args="{chunked_prefill_size: 64}",
+        **EXACT,
+        **options,
+    )
+    killed: list[float] = []
+    restarted: list[float] = []
     with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        killed: list[float] = []
-        restarted: list[float] = []
         for line in process.stdout:
             if "is started again" in line:
                 restarted.append(time.monotonic())
             if line.startswith(("step 3/", "step 20/")):
+                fault.write_text("slow")
+                time.sleep(3.5)
                 (scheduler,) = schedulers(process.pid)
                 scheduler.send_signal(signal.SIGKILL)
                 killed.append(time.monotonic())
+                fault.unlink()
         assert process.wait(timeout=60) == 0, process.stderr.read()
     print("noticed after", [f"{b - a:.1f} s" for a, b in zip(killed, restarted, strict=True)])
     assert len(restarted) == 2
@@ -105,11 +123,8 @@ def test_no_restart_left(run_config) -> None:
     assert f"(process {scheduler.pid}) of the SGLang engine ended" in error
 
 
-def test_teacher_that_changes_ends_the_run(run_config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_teacher_that_changes_ends_the_run(run_config, fault: Path) -> None:
     """Its weights vanish under way: the probe tells, and nothing is started again."""
-    fault = tmp_path / "fault"
-    monkeypatch.setenv("SGLANG_FAULT", str(fault))
-    monkeypatch.setenv("PYTHONPATH", str(FAULTS), prepend=os.pathsep)
     config = run_config(teacher__backend="sglang", teacher__check_every=4, training__num_steps=500)
     with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -1,13 +1,14 @@
 """A plugin of SGLang that plants faults: wrong hidden states, as engines were seen to hand over without a word.
 
 The file that SGLANG_FAULT names holds the fault of the moment; it is read at every forward. `unloadable` is obeyed when
-the plugin is loaded: kdflow's own cannot be imported then.
+the plugin is loaded: kdflow's own cannot be imported then. `slow` gives time to kill a scheduler between two forwards.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def around_forward(forward: Any, runner: Any, batch: Any, *args: Any, **kwargs: 
         with torch.no_grad():
             for weight in runner.model.parameters():
                 weight.zero_()
+    if fault() == "slow":
+        time.sleep(1.0)
     result = forward(runner, batch, *args, **kwargs)
     output = result.logits_output
     if output.hidden_states is not None and batch.extend_seq_lens is not None and fault() in FAULTS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import time
@@ -14,12 +15,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import compare, output, report
-from bench.cases import ceilings, e2e, loss, ring
+from bench import check, compare, output, report, roofline
+from bench.cases import ceilings, e2e, loss, ring, student, teacher
 from bench.environment import environment
 from bench.gpu import command as gpu
-from bench.model import Case
+from bench.model import KEEP, Case, Row
 from bench.sweep import Settings, run_case
+from bench.timeline import read_tracks
+from kdflow.errors import KdflowError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,12 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "gpu":
             return gpu.main(options, console)
+        if options.command == "roofline":
+            return roofline.main(options, console)
+        if options.command == "check":
+            return _check(options, console)
         if options.command == "report":
             found = output.read_results(Path(options.file))
+            if options.timeline:
+                kept = Path(options.file).with_suffix(".timeline.json")
+                read_tracks(Path(options.timeline))  # it is one
+                shutil.copyfile(options.timeline, kept)
             console.print(f"wrote {os.path.relpath(report.write_report(Path(options.file), *found))}", highlight=False)
             return 0
         return _run(options, console)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, KdflowError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
 
@@ -52,6 +63,17 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     cases = _cases(options)
     if options.providers:
         cases = [_only(case, options.providers) for case in cases]
+    os.environ[KEEP] = str(_result_path(options).with_suffix("").absolute())
+    _measure(cases, options, console)
+    return 0
+
+
+def _check(options: argparse.Namespace, console: Console) -> int:
+    return check.conclude(_measure(check.cases(), options, console), console, update=options.update)
+
+
+def _measure(cases: Sequence[Case], options: argparse.Namespace, console: Console) -> list[Row]:
+    """Rows of all cases, which are written and drawn as well."""
     settings = Settings(
         reps=options.reps or (3 if options.quick else 7),
         budget_s=options.budget_s or (4.0 if options.quick else 30.0),
@@ -60,7 +82,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     )
     machine = environment(device=options.device, num_threads=settings.num_threads)
     path = _result_path(options)
-    rows = []
+    rows: list[Row] = []
     for case in cases:
         with console.status(case.name) as status:
             rows += (found := run_case(case, settings, say=status.update))
@@ -69,7 +91,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         output.write_results(path, machine, rows)
     html = report.write_report(path, machine, rows)
     console.print(f"wrote {os.path.relpath(path)} and {os.path.relpath(html)}", highlight=False)
-    return 0
+    return rows
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
@@ -87,6 +109,10 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         )
     if options.command in ("ring", "all"):
         found += ring.cases(device=options.device, quick=options.quick, sizes=options.sizes)
+    if options.command in ("teacher", "all"):
+        found += teacher.cases(device=options.device, quick=options.quick)
+    if options.command in ("student", "all"):
+        found += student.cases(device=options.device, quick=options.quick)
     if options.command in ("e2e", "all"):
         found += e2e.cases(device=options.device, quick=options.quick)
     return found
@@ -133,9 +159,15 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("ceilings", parents=[shared], help=_summary(ceilings))
     commands.add_parser("loss", parents=[shared, loss_options], help=_summary(loss))
     commands.add_parser("ring", parents=[shared, ring_options], help=_summary(ring))
+    commands.add_parser("teacher", parents=[shared], help=_summary(teacher))
+    commands.add_parser("student", parents=[shared], help=_summary(student))
     commands.add_parser("e2e", parents=[shared], help=_summary(e2e))
     commands.add_parser("all", parents=[shared, loss_options, ring_options], help="every suite")
     gpu.add_options(commands.add_parser("gpu", help="all that one GPU can tell: build, tests, suites and verdict"))
+    roofline.add_options(commands.add_parser("roofline", help=_summary(roofline), description=roofline.__doc__))
+    checking = commands.add_parser("check", parents=[shared], help=_summary(check), description=check.__doc__)
+    checking.add_argument("--update", action="store_true", help="store this run's ratios in bench/check.json")
+    checking.set_defaults(quick=True)
     comparison = commands.add_parser("compare", help="what changed between two result files")
     comparison.add_argument("before", metavar="A")
     comparison.add_argument("after", metavar="B")
@@ -143,6 +175,9 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("file", metavar="FILE")
     page = commands.add_parser("report", help="the HTML page of a result file")
     page.add_argument("file", metavar="FILE")
+    page.add_argument(
+        "--timeline", metavar="FILE", help="timeline.json of a run, to be drawn on the page and kept beside it"
+    )
     return parser
 
 

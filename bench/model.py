@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+# In the workers' environment: where what a repetition leaves behind besides its row is kept, without suffix.
+KEEP = "KDFLOW_BENCH_KEEP"
 Role = Literal["ours", "peer", "floor", "bound"]
 """A floor is what the hardware needs for the job's indispensable part, and rows are stated in
 percent of it; a bound is a stricter figure, shown beside it and not divided by."""

@@ -25,7 +25,7 @@ COLOURS = {"ours": "#d1495b", "peer": "#7d98b3", "floor": "#2e4057", "bound": "#
 MISSING = {"color": "#888888", "fontsize": 8}
 AMOUNTS = {"num_messages", "repeats"}  # how much a repetition does, not what
 FAR_APART = 30
-SWEEP_POINTS = 3  # with fewer a line says nothing
+SWEEP_POINTS = 2
 
 
 def png(figure: Figure) -> bytes:
@@ -118,13 +118,19 @@ def sweeps(rows: Sequence[Row]) -> list[tuple[str, Figure]]:
     """A figure for every number that varies while all other params stay, with its name."""
     figures = []
     for name, group in _sweeps(rows):
-        with_memory = any(row.peak_mib is not None for row in group)
-        count = 2 if with_memory else 1
-        figure, grid = plt.subplots(1, count, figsize=(5.5 * count, 3.6), squeeze=False, layout="constrained")
-        by_rate = group[0].unit in ("byte", "token")
-        _lines(grid[0][0], group, name, "rate" if by_rate else "median_s")
-        if with_memory:
-            _lines(grid[0][1], [r for r in group if r.role in ("ours", "peer")], name, "peak_mib")
+        ours_and_peers = [row for row in group if row.role in ("ours", "peer")]
+        measures = [("rate" if group[0].unit in ("byte", "token") else "median_s", group)]
+        if any(row.peak_mib is not None for row in group):
+            measures.append(("peak_mib", ours_and_peers))
+        if any(row.floor_percent is not None for row in ours_and_peers):
+            measures.append(("floor_percent", ours_and_peers))
+        count = len(measures)
+        figure, grid = plt.subplots(1, count, figsize=(5.2 * count, 3.6), squeeze=False, layout="constrained")
+        for axes, (measure, shown) in zip(grid[0], measures, strict=True):
+            _lines(axes, shown, name, measure)
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+        figure.suptitle(_constants(group, name), fontsize=9)
         figures.append((name, figure))
     return figures
 
@@ -143,11 +149,28 @@ def _sweeps(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return found
 
 
+def _constants(rows: Sequence[Row], name: str) -> str:
+    """What the sweep holds, in the params' names."""
+    held = {k: v for k, v in rows[0].params.items() if k not in {name, "device", "backend"} | AMOUNTS}
+    return f"{rows[0].suite}: " + ", ".join(f"{key} {value}" for key, value in held.items())
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _line_colours(rows: Sequence[Row]) -> dict[str, str]:
+    """Ours and the floors have one everywhere; peers take theirs in order, the same in every panel."""
+    palette = iter(("#3b7a9e", "#e0a030", "#5a9367", "#8f6bb1", "#c07f5a", "#4fb0ae", "#8a8a8a"))
+    found = {}
+    for row in rows:
+        if row.provider not in found:
+            found[row.provider] = COLOURS[row.role] if row.role != "peer" else next(palette, COLOURS["peer"])
+    return found
+
+
 def _lines(axes: Axes, rows: Sequence[Row], name: str, measure: str) -> None:
+    colours = _line_colours(rows)
     for provider in dict.fromkeys(row.provider for row in rows):
         line = [r for r in rows if r.provider == provider and getattr(r, measure) is not None]
         if not line:
@@ -161,15 +184,27 @@ def _lines(axes: Axes, rows: Sequence[Row], name: str, measure: str) -> None:
             markersize=3,
             linewidth=2.2 if ours else 1.2,
             linestyle="--" if line[0].role in ("floor", "bound") else "-",
-            color=COLOURS["ours"] if ours else None,
+            color=colours[provider],
             label=provider,
         )
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel(name)
-    axes.set_ylabel(
-        {"rate": f"{rows[0].unit}s per second", "median_s": "median time, s"}.get(measure, "peak memory, MiB")
+    points = sorted({row.params[name] for row in rows})
+    axes.set_xticks(points, [f"{point:,}" for point in points], fontsize=8, rotation=30)
+    axes.xaxis.minorticks_off()
+    if measure == "floor_percent":
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_yscale("log")
+    axes.set_xlabel(name.replace("_", " "), fontsize=8)
+    axes.set_title(
+        {
+            "rate": f"{rows[0].unit}s per second",
+            "median_s": "median time, s",
+            "peak_mib": "peak memory, MiB",
+            "floor_percent": "percent of the floor",
+        }[measure],
+        fontsize=9,
+        loc="left",
     )
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, frameon=False)

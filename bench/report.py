@@ -12,6 +12,7 @@ from typing import Any
 from bench import plots
 from bench.model import Row
 from bench.output import COLUMNS, by_case, format_value
+from bench.timeline import draw, read_tracks
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 72rem; margin: 2rem auto;
@@ -46,6 +47,12 @@ def write_report(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]
             images.append(_image(name, image))
         tables = "".join(f"<h3>{html.escape(name)}</h3>{_table(case)}" for name, case in by_case(of_suite).items())
         sections.append(f"<h2>{html.escape(suite)}</h2>{''.join(images)}{tables}")
+    if (timeline := path.with_suffix(".timeline.json")).is_file():
+        image = plots.png(draw(read_tracks(timeline)))
+        if figures:
+            path.with_name(f"{path.stem}-timeline.png").write_bytes(image)
+        note = f"The whole of it is in {timeline.name}, for ui.perfetto.dev."
+        sections.append(f"<h2>timeline</h2>{_image('timeline', image)}<p>{html.escape(note)}</p>")
     page = path.with_suffix(".html")
     page.write_text(
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>kdflow benchmarks</title>'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,12 @@ import torch
 from bench.cases.e2e_models import model_folders
 from bench.client import ROOT
 from bench.memory import GpuSampler, TreeSampler, process_tree
-from bench.model import UnavailableError
+from bench.model import KEEP, UnavailableError
 from kdflow.config import RunConfig, load_config
 from kdflow.data import Step, load_datasets, training_steps
 from kdflow.errors import ConfigError
 from kdflow.modeling import load_tokenizer, resolve_device, resolve_dtype
+from kdflow.tracing import FOLDER, merge
 from kdflow.types import Sample
 
 Params = Mapping[str, Any]
@@ -136,6 +138,7 @@ def measured_run(params: Params, job: Job, command: Callable[[str], Sequence[str
             _wait(process, folder, num_steps=end if params["stop_when_measured"] else None)
         finally:
             _end(process)
+        _keep_timeline(Path(folder, FOLDER), job.config.transport.num_slots)
         records = _records(folder)
         if len(records) < end:
             log.seek(0)
@@ -158,6 +161,13 @@ def measured_run(params: Params, job: Job, command: Callable[[str], Sequence[str
         measures["wait_share"] = sum(m["teacher_wait_s"] for m in measured) / seconds
         measures["prefill_share"] = sum(m["num_tokens"] / m["teacher_tokens_per_s"] for m in measured) / seconds
     return measures
+
+
+def _keep_timeline(folder: Path, num_slots: int) -> None:
+    """That of the last run stays beside the result file. A run that was ended when measured has not merged its own."""
+    if KEEP in os.environ and folder.is_dir():
+        merge(folder, num_slots)
+        shutil.copyfile(folder / "timeline.json", f"{os.environ[KEEP]}.timeline.json")
 
 
 def _wait(process: subprocess.Popen[bytes], folder: str, *, num_steps: int | None) -> None:

@@ -25,7 +25,7 @@ def kdflow(params: Params) -> Trial:
     def command(folder: str) -> list[str]:
         start = "import sys; from kdflow.cli import main; sys.exit(main())"
         options = run_overrides(params, folder, num_tail_steps=params["num_tail_steps"])
-        return python("-c", start, "train", params["config"], "--overwrite=true", *options)
+        return python("-c", start, "train", params["config"], "--overwrite=true", "--profile.timeline=true", *options)
 
     return Trial(lambda: measured_run(params, job, command), note=_dtype_note(job))
 

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 
 from kdflow.plan.shapes import ModelShape
 from kdflow.plan.work import FP32
-from kdflow_kernels import torch_backend, triton_backend
+from kdflow_kernels import triton_backend
+
+# Rows of a chunk of the teacher's logits, and of the student's outside the weight's gradient, in the torch backend; a
+# test holds what follows from them against what it allocates.
+TORCH_CHUNK_ROWS = 352
+TORCH_SCRATCH_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -82,11 +87,10 @@ def _triton_loss(student: ModelShape, columns: int, num_rows: int, item: int) ->
 
 
 def _torch_loss(student: ModelShape, columns: int, num_rows: int, item: int) -> LossMemory:
-    backend, hidden = torch_backend, student.hidden_size
-    chunk = min(backend.CHUNK_ROWS, max(num_rows, 1))
-    scratch_rows = backend.SCRATCH_CHUNKS * chunk
-    in_place = 0 < num_rows <= hidden + scratch_rows
-    group = min(num_rows if in_place else scratch_rows, num_rows)
+    hidden = student.hidden_size
+    in_place = 0 < num_rows <= hidden + TORCH_SCRATCH_ROWS
+    group = max(1, num_rows if in_place else min(num_rows, TORCH_SCRATCH_ROWS))
+    chunk = -(-group // -(-group // TORCH_CHUNK_ROWS))
     outside = columns
     if in_place:  # logits lie in the weight's gradient, as far as it goes
         outside = max(0, columns - student.head_params // max(group, hidden))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdflow.config import RunConfig
@@ -20,7 +20,8 @@ from kdflow.plan.workload import Piece, Workload
 USABLE = 0.95
 BUDGET_STEP = 256
 MAX_BUDGET = 2**22
-WARM_UP_STEPS = 1
+# Simulated but not timed: teachers fill the rings in the first step and rest in the last ones.
+WARM_UP_STEPS, TAIL_STEPS = 1, 2
 # A rank that waits for more than this share of the time is held up.
 NOTICEABLE_WAIT = 0.05
 
@@ -89,10 +90,10 @@ class Plan:
 def make_plan(
     config: RunConfig, student: ModelShape, teacher: ModelShape, workload: Workload, machine: Machine
 ) -> Plan:
-    """The run as configured, with the steps of `workload` standing for all of them; the first one is not timed."""
+    """The run as configured, with the workload's timed steps standing for all of them."""
     planner = _Planner(config, student, teacher, workload, machine)
-    outcome = simulate(planner.schedule(), warm_up_steps=WARM_UP_STEPS)
-    timed = workload.steps[WARM_UP_STEPS:]
+    outcome = simulate(planner.schedule(), warm_up_steps=WARM_UP_STEPS, tail_steps=TAIL_STEPS)
+    timed = timed_steps(workload)
     tokens = sum(piece.num_tokens for step in timed for ranks in step for piece in ranks)
     per_step = outcome.seconds / len(timed)
     on_student, on_teacher = planner.memory(
@@ -115,6 +116,10 @@ def make_plan(
         largest_budget=planner.largest_budget(),
         bottleneck=planner.bottleneck(outcome),
     )
+
+
+def timed_steps(workload: Workload) -> Sequence[Sequence[Sequence[Piece]]]:
+    return workload.steps[WARM_UP_STEPS : len(workload.steps) - TAIL_STEPS]
 
 
 class _Planner:

@@ -131,13 +131,13 @@ class _Simulation:
         self._at = 0  # the microbatch under way
         self._left = 0  # ranks still in it
         self.prefill_s = self.student_s = self.wait_s = 0.0
-        self.step_times: list[float] = []
+        # Time and the three sums at the end of each step.
+        self.step_ends: list[tuple[float, float, float, float]] = [(0.0, 0.0, 0.0, 0.0)]
 
-    def run(self) -> float:
+    def run(self) -> None:
         self._ask()
         self._begin()
         self._clock.run()
-        return self._clock.now
 
     def _ask(self) -> None:
         """All ranks at once, so their requests take turns."""
@@ -207,7 +207,7 @@ class _Simulation:
     def _end_step(self) -> None:
         self._left -= 1
         if not self._left:
-            self.step_times.append(self._clock.now)
+            self.step_ends.append((self._clock.now, self.prefill_s, self.student_s, self.wait_s))
             self._next()
 
     def _next(self) -> None:
@@ -216,17 +216,17 @@ class _Simulation:
         self._begin()
 
 
-def simulate(schedule: Schedule, *, warm_up_steps: int = 0) -> Outcome:
-    """Times from the end of the warm-up steps on; the shares are of the whole run."""
+def simulate(schedule: Schedule, *, warm_up_steps: int = 0, tail_steps: int = 0) -> Outcome:
+    """Times and shares of the steps between warm-up and tail; a job counts in the step in which it ends."""
     simulation = _Simulation(schedule)
-    total = simulation.run()
-    ends = [0.0, *simulation.step_times]
-    steps = [b - a for a, b in itertools.pairwise(ends)][warm_up_steps:]
+    simulation.run()
+    ends = simulation.step_ends[warm_up_steps : len(simulation.step_ends) - tail_steps]
+    seconds, prefill_s, student_s, wait_s = (last - first for first, last in zip(ends[0], ends[-1], strict=True))
     num_ranks, num_teachers = len(schedule.student_devices), len(schedule.teacher_devices)
     return Outcome(
-        seconds=sum(steps),
-        step_seconds=tuple(steps),
-        teacher_busy=simulation.prefill_s / (num_teachers * total),
-        student_busy=simulation.student_s / (num_ranks * total),
-        wait=simulation.wait_s / (num_ranks * total),
+        seconds=seconds,
+        step_seconds=tuple(after[0] - before[0] for before, after in itertools.pairwise(ends)),
+        teacher_busy=prefill_s / (num_teachers * seconds),
+        student_busy=student_s / (num_ranks * seconds),
+        wait=wait_s / (num_ranks * seconds),
     )

@@ -50,9 +50,14 @@ def merged_timeline(config: ProfileConfig, folder: Path, num_slots: int) -> Iter
     try:
         yield
     finally:
-        spans = [span for path in sorted((folder / "spans").glob("*.jsonl")) for span in read_spans(path)]
-        if spans:
-            write_timeline(folder / "timeline.json", [*spans, *ring_spans(spans, num_slots)])
+        merge(folder, num_slots)
+
+
+def merge(folder: Path, num_slots: int) -> None:
+    """Writes `timeline.json` from `spans/`, where there are any."""
+    spans = [span for path in sorted((folder / "spans").glob("*.jsonl")) for span in read_spans(path)]
+    if spans:
+        write_timeline(folder / "timeline.json", [*spans, *ring_spans(spans, num_slots)])
 
 
 def read_spans(path: Path) -> list[Span]:

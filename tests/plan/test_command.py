@@ -6,13 +6,14 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kdflow.config import RunConfig, dump_config
 from kdflow.errors import ConfigError
-from kdflow.plan import GPUS, load_rates
+from kdflow.plan import GPUS, Rates, load_rates
 from kdflow.plan.command import make_machine
 from kdflow.plan.plan import Plan, make_plan
 from kdflow.plan.shapes import load_shape
@@ -49,11 +50,14 @@ def test_a_plan_of_hundreds_of_gpus_needs_no_weights_and_no_data(run_config, tin
     assert "--tokens_per_sample N plans without the data" in failed.stderr
 
 
-def make(config: RunConfig, **machine) -> Plan:
+SMALL_GPU = replace(GPUS["H100"], capacity_bytes=2.0 * 2**30)
+
+
+def make(config: RunConfig, rates: Rates = GPUS["H100"], **machine) -> Plan:
     num_ranks = config.student.num_ranks
     student, teacher = load_shape(config.student.model), load_shape(config.teacher.model)
-    workload = uniform_workload(config, 4, num_ranks, tokens_per_sample=64, loss_share=0.5)
-    return make_plan(config, student, teacher, workload, make_machine(config, GPUS["H100"], **machine))
+    workload = uniform_workload(config, 8, num_ranks, tokens_per_sample=64, loss_share=0.5)
+    return make_plan(config, student, teacher, workload, make_machine(config, rates, **machine))
 
 
 def test_more_of_what_limits_is_what_the_plan_asks_for(run_config) -> None:
@@ -72,17 +76,17 @@ def test_more_of_what_limits_is_what_the_plan_asks_for(run_config) -> None:
 
 def test_the_largest_budget_is_the_last_that_fits(run_config) -> None:
     config = run_config(training__samples_per_step=8)
-    found = make(config)
+    found = make(config, SMALL_GPU)
     assert found.largest_budget is not None
     for budget, fits in ((found.largest_budget, True), (found.largest_budget + 256, False)):
         # One microbatch of exactly that many tokens, half of them in the loss.
         options = {"training__tokens_per_microbatch": budget, "data__max_length": budget}
         full = run_config(training__samples_per_step=1, **options)
-        workload = uniform_workload(full, 2, 1, tokens_per_sample=budget, loss_share=0.5)
+        workload = uniform_workload(full, 5, 1, tokens_per_sample=budget, loss_share=0.5)
         shapes = load_shape(config.student.model), load_shape(config.teacher.model)
         # The ring's slots are of the configured budget: that is left as it was.
         planned = make_plan(
-            run_config(training__samples_per_step=1), *shapes, workload, make_machine(config, GPUS["H100"])
+            run_config(training__samples_per_step=1), *shapes, workload, make_machine(config, SMALL_GPU)
         )
         assert planned.fits is fits, (budget, planned.needed_bytes, planned.capacity_bytes)
 

@@ -46,7 +46,7 @@ def test_the_torch_backends_buffers(num_rows: int, dtype: torch.dtype) -> None:
     live = real_loss(num_rows, dtype, "torch")
     found = loss_memory(STUDENT, TEACHER, num_rows, item=dtype.itemsize, on_gpu=False)
     total = found.scratch + found.gradients
-    assert 0.97 * total < live.peak < 1.03 * total + ROW_STEP_BYTES * torch.get_num_threads()
+    assert 0.9 * total < live.peak < 1.1 * total + ROW_STEP_BYTES * torch.get_num_threads()
     assert found.gradients > STUDENT.head_params * dtype.itemsize
 
 

@@ -1,0 +1,44 @@
+"""Every form of the kernels compiles for every architecture, without a GPU; none spills, all load 16 bytes at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from test_triton_backend import DIVERGENCES
+
+from kdflow_kernels.aot import ARCHITECTURES, DTYPES, OPTIONS
+from kdflow_kernels.registers import next_allowance
+
+pytest.importorskip("triton")
+LINE = re.compile(
+    r"sm_(\d+) (\w+) (\w+) +(row|parameters|choices) +(.+?) +(\d+) registers +(\d+) B shared +(\d+) spills +(.*)"
+)
+
+
+# A process of its own: here Triton's functions are interpreted.
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_form_compiles_and_spills_nothing(architecture: int):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kdflow_kernels.aot", "--arch", str(architecture)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = [LINE.fullmatch(line) for line in done.stdout.splitlines()]
+    assert all(found), done.stdout
+    assert {(m[2], m[3]) for m in found if m} == {(dtype, name) for dtype in DTYPES for name in DIVERGENCES}
+    assert {m[5] for m in found if m} == set(OPTIONS)
+    for match in found:
+        assert match is not None
+        registers, spills, accesses = int(match[6]), int(match[8]), match[9]
+        assert registers <= 255
+        assert spills == 0
+        # Paired reads the teacher's logits one by one, the student's at once.
+        assert "LDG.128" in accesses, match[0]
+        assert ("STG.128" in accesses) == (match[4] == "row" and match[5] != "no gradient"), match[0]
+
+
+def test_allowances_grow():
+    assert [next_allowance(registers) for registers in (64, 80, 100, 128, 254, 255)] == [80, 128, 128, 255, 255, None]

@@ -33,7 +33,7 @@ struct Side {
       const int width = std::min(kTileColumns, columns - first);
       const std::size_t item = bfloat16 ? sizeof(std::uint16_t) : sizeof(float);
       memory.push_back(std::make_unique<char[]>(kRows * static_cast<std::size_t>(width) * item));
-      tiles.push_back({reinterpret_cast<std::int64_t>(memory.back().get()), width, width});
+      tiles.push_back({reinterpret_cast<std::int64_t>(memory.back().get()), width, width, 0});
     }
   }
   float get(int row, int column) const {
@@ -51,7 +51,7 @@ struct Side {
       reinterpret_cast<float*>(tile.address)[at] = value;
     }
   }
-  Logits logits() const { return {bfloat16, tiles.data(), static_cast<std::int64_t>(tiles.size()), nullptr, 0, 0}; }
+  Logits logits() const { return {bfloat16, tiles.data(), static_cast<std::int64_t>(tiles.size())}; }
 };
 
 std::vector<double> log_probs(const Side& side, int row, int columns, double temperature) {

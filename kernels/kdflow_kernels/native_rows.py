@@ -45,7 +45,7 @@ class NativeRows:
             logit_scale=problem.student.logit_scale,
             softcap=problem.student.softcap or 0.0,
             num_compared=problem.num_compared,
-            tile_columns=tiled_logits.TILE_COLUMNS,
+            tile_columns=_piece_columns(),
             form_gradients=form_gradients,
         )
         # Addresses of tiles; they must live as long as what points to them.
@@ -89,18 +89,25 @@ class NativeRows:
         )
 
 
-def _logits(tiles: Iterator[Tensor], maxima: Tensor | None):
-    """Tiles (rows, width) of one side, as a table of their places and as what the extension takes."""
+def _piece_columns() -> int:
+    """Columns the extension takes at once: tiles, or pieces of them where they are wider than it can."""
     assert _rows is not None
-    found = list(tiles)
-    table = torch.tensor([(tile.data_ptr(), tile.stride(0), tile.shape[1]) for tile in found], dtype=torch.int64)
-    return table, _rows.Logits(
-        bfloat16=bool(found) and found[0].dtype == torch.bfloat16,
-        tiles=table.data_ptr(),
-        num_tiles=len(found),
-        maxima=0 if maxima is None else maxima.data_ptr(),
-        maxima_stride=0 if maxima is None else maxima.stride(0),
-    )
+    return min(tiled_logits.TILE_COLUMNS, _rows.MAX_TILE_COLUMNS)
+
+
+def _logits(tiles: Iterator[Tensor], maxima: Tensor | None):
+    """Tiles (rows, width) of one side and their maxima (tiles, rows), as a table of places and as the extension takes it."""
+    assert _rows is not None
+    table, bfloat16 = [], False
+    for number, tile in enumerate(tiles):
+        bfloat16 = tile.dtype == torch.bfloat16
+        maximum = 0 if maxima is None else maxima[number].data_ptr()
+        table += [
+            (piece.data_ptr(), piece.stride(0), piece.shape[1], maximum)
+            for piece in tile.split(_piece_columns(), dim=1)
+        ]
+    places = torch.tensor(table, dtype=torch.int64)
+    return places, _rows.Logits(bfloat16=bfloat16, tiles=places.data_ptr(), num_tiles=len(table))
 
 
 def _twin(problem: Problem) -> tuple[str, float] | None:

@@ -23,9 +23,10 @@ from kdflow_kernels.problem import GradientNeeds, Gradients, Problem, RowTerms
 from kdflow_kernels.tiled_logits import Blocks, Tile, TiledHead, spans, tiles
 from kdflow_kernels.torch_rows import TorchRows
 
+# Rows of teacher logits held at once: fewer make the products slower, more cost memory.
 CHUNK_ROWS = 256
-# Rows of student logits kept outside the weight gradient's memory, in chunks.
-SCRATCH_CHUNKS = 2
+# Rows of student logits kept outside the weight gradient's memory.
+SCRATCH_ROWS = 512
 
 
 def run(problem: Problem, needs: GradientNeeds) -> tuple[RowTerms, Gradients]:
@@ -60,7 +61,7 @@ class _Run:
 
         self.filtering = bool(needs) and problem.grad_filter_eps > 0.0
         self.chunk_size = min(problem.chunk_size or CHUNK_ROWS, max(self.num_rows, 1))
-        scratch_rows = SCRATCH_CHUNKS * self.chunk_size
+        scratch_rows = min(SCRATCH_ROWS, 2 * self.chunk_size)
         self.in_place = (
             needs.weight
             and order is None
@@ -69,6 +70,8 @@ class _Run:
         )
         group_size = self.chunk_size if self.filtering else self.num_rows if self.in_place else scratch_rows
         self.group_size = min(group_size, self.num_rows)
+        num_chunks = max(1, -(-self.group_size // self.chunk_size))
+        self.chunk_size = max(1, -(-self.group_size // num_chunks))
         self.terms = _empty_terms(problem, self.num_rows, self.accumulate)
         self._allocate()
 
@@ -94,7 +97,7 @@ class _Run:
             home = self.grad_weight.view(-1)[: self.num_columns * self.hidden_size]
         teacher_rows = teacher_maxima = None
         if self.problem.teacher is not None:
-            shape = (min(self.chunk_size, self.group_size), self.problem.num_compared)
+            shape = (self.chunk_size, self.problem.num_compared)
             teacher_rows = torch.empty(shape, dtype=self.teacher.storage, device=device)
             teacher_maxima = self.teacher.maxima(len(self.teacher_tiles), shape[0])
         self.blocks = Blocks(

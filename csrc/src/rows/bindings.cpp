@@ -106,6 +106,8 @@ PYBIND11_MODULE(_rows, module) {
       .value("TVD", Divergence::kTVD)
       .value("JEFFREYS", Divergence::kJeffreys);
 
+  module.attr("MAX_TILE_COLUMNS") = kMaxTileColumns;
+
   module.def("instruction_sets", [] {
     py::list names;
     for (const Kernel* kernel : supported_kernels()) names.append(kernel->name);
@@ -125,13 +127,10 @@ PYBIND11_MODULE(_rows, module) {
            py::arg("tile_columns"), py::arg("form_gradients"));
 
   py::class_<Logits>(module, "Logits")
-      .def(py::init([](bool bfloat16, std::uintptr_t tiles, std::int64_t num_tiles, std::uintptr_t maxima,
-                       std::int64_t maxima_stride) {
-             return Logits{bfloat16, pointer<const Tile>(tiles), num_tiles, pointer<const float>(maxima),
-                           maxima_stride};
+      .def(py::init([](bool bfloat16, std::uintptr_t tiles, std::int64_t num_tiles) {
+             return Logits{bfloat16, pointer<const Tile>(tiles), num_tiles};
            }),
-           py::kw_only(), py::arg("bfloat16") = false, py::arg("tiles") = 0, py::arg("num_tiles") = 0,
-           py::arg("maxima") = 0, py::arg("maxima_stride") = 0);
+           py::kw_only(), py::arg("bfloat16") = false, py::arg("tiles") = 0, py::arg("num_tiles") = 0);
 
   module.def(
       "run",

@@ -47,7 +47,8 @@ struct Row {
   int width(std::int64_t tile) const { return static_cast<int>(logits.tiles[tile].width); }
 
   void load(std::int64_t tile, Buffer& z) const {
-    const float maximum = logits.maxima == nullptr ? 0.0F : logits.maxima[tile * logits.maxima_stride + row];
+    const auto* maxima = reinterpret_cast<const float*>(logits.tiles[tile].maxima);
+    const float maximum = maxima == nullptr ? 0.0F : maxima[row];
     const int n = width(tile);
     if (logits.bfloat16) {
       const auto* from = place<std::uint16_t>(tile);

@@ -23,20 +23,19 @@ enum class Divergence : std::int32_t {
   kJeffreys,
 };
 
-// One tile of logits of a group of rows. An array of these is a Python int64 tensor (tiles, 3).
+// One tile of logits of a group of rows. An array of these is a Python int64 tensor (tiles, 4).
 struct Tile {
   std::int64_t address;     // of the first row's first column
   std::int64_t row_stride;  // in elements
   std::int64_t width;       // columns
+  std::int64_t maxima;      // address of the first row's maximum, which the logits are distances to; 0: none
 };
 
-// The logits of one side: bfloat16 or float, as they are or as distances to the maxima of their tile.
+// The logits of one side, bfloat16 or float.
 struct Logits {
   bool bfloat16 = false;
   const Tile* tiles = nullptr;
   std::int64_t num_tiles = 0;
-  const float* maxima = nullptr;  // (tiles, maxima_stride) or null
-  std::int64_t maxima_stride = 0;
   std::int64_t first_row = 0;  // of these blocks, where the job's rows begin
 };
 

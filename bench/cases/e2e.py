@@ -88,6 +88,6 @@ def _cpu_case(device: str, quick: bool, config: str) -> Case:
         worker_mib=3500,
         measures_memory=False,
         warm_up=False,
-        budget_scale=5.0,
+        budget_scale=1.0 if quick else 5.0,  # one run each is enough to try it out
         warm_up_timeout_s=900.0,
     )

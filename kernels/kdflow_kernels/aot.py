@@ -12,6 +12,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from kdflow_kernels.registers import next_allowance
 
@@ -62,7 +63,7 @@ def compile_kernels(
     """Compiles one form of the row kernel, and what goes before it, as the launcher would have it for a wide row."""
     from kdflow_kernels.divergences import JITChoices, JITPointwise, get_divergence
     from kdflow_kernels.row_kernels import row_kernel
-    from kdflow_kernels.row_launch import power_of_two
+    from kdflow_kernels.row_launch import STATISTICS_REGISTERS, power_of_two
     from kdflow_kernels.statistics_kernels import choice_kernel
     from kdflow_kernels.triton_backend import layout
 
@@ -71,7 +72,7 @@ def compile_kernels(
     launch = layout(DTYPES[dtype], columns, 132)
     constants: dict[str, object] = {"LANES": launch.lanes, "WIDTH": launch.width, **FLAGS, **options}
     constants |= {"POINTWISE": None, "GRADIENT_SUM": None, "ROW_PARAMETERS": False, "NUM_CHOICES": 0}
-    kernels = {"row": row_kernel}
+    kernels: dict[str, Any] = {"row": row_kernel}
     if isinstance(twin, JITPointwise):
         constants |= {"POINTWISE": twin.function, "GRADIENT_SUM": twin.gradient_sum}
         if twin.row_parameters is not None:
@@ -83,12 +84,16 @@ def compile_kernels(
         kernels["choices"] = choice_kernel
     else:
         raise ValueError(f"{divergence}: has no JIT form")
-    return {
-        name: _compile(kernel, constants, dtype, architecture, launch.num_warps) for name, kernel in kernels.items()
-    }
+    found = {}
+    for name, kernel in kernels.items():
+        allowance = None if kernel is row_kernel else STATISTICS_REGISTERS
+        found[name] = _compile(kernel, constants, dtype, architecture, launch.num_warps, allowance)
+    return found
 
 
-def _compile(kernel, constants: dict[str, object], dtype: str, architecture: int, num_warps: int) -> Resources:
+def _compile(
+    kernel, constants: dict[str, object], dtype: str, architecture: int, num_warps: int, allowance: int | None
+) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -114,6 +119,8 @@ def _compile(kernel, constants: dict[str, object], dtype: str, architecture: int
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", architecture, 32)
     options = {"num_warps": num_warps}
+    if allowance is not None:
+        options["maxnreg"] = allowance
     while True:
         found = _resources(triton.compile(source, target=target, options=options))
         allowance = next_allowance(found.registers)

@@ -195,7 +195,8 @@ def _backward(ctx, grads):
     formed: list[Tensor | None] = [None, None, None]
     if grad_loss is not None:
         if ctx.per_row:
-            found = kd_loss(*ctx.saved_tensors[:-1], grad_loss, **ctx.options)[NUM_OUTPUTS:]
+            inputs = (*ctx.saved_tensors[:-1], grad_loss)
+            found = kd_loss(*inputs, **ctx.options)[NUM_OUTPUTS:]
         else:
             found = [gradient * grad_loss for gradient in ctx.saved_tensors]
         formed = [

@@ -60,7 +60,7 @@ class FilteredProducts:
         hidden = self.hidden[rows]
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=dz.device)
         tail_mass, tail_weight = dz.sum(1, dtype=torch.float32), self.weight_sum[0].clone()
-        for some in columns.split(GATHERED_COLUMNS):
+        for some in columns.split(GATHERED_COLUMNS) if len(columns) else ():
             kept = dz.index_select(1, some)
             if grad_input is not None:
                 weight = self.weight.index_select(0, some)

@@ -1,7 +1,7 @@
 """Registers of the kernels: ptxas spills a few where that lets one more program run on a processor. Ours shall not.
 
 Which forms it does that to differs between architectures and releases, so none is listed: a form that was found to spill
-is compiled once more with the next larger allowance.
+is compiled with the next larger allowance, and that is launched from then on.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 # Three, two and one program of 8 warps on a processor with 65,536 registers.
 ALLOWANCES = (80, 128, 255)
 
-_allowances: dict[tuple, int] = {}
+_allowances: dict[tuple, int | None] = {}
 
 
 def next_allowance(registers: int) -> int | None:
@@ -19,8 +19,8 @@ def next_allowance(registers: int) -> int | None:
     return next((allowance for allowance in ALLOWANCES if allowance > registers), None)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    """Starts a Triton kernel; the second launch of a form that spills is compiled anew."""
+def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *, allowance: int | None = None) -> None:
+    """Starts a Triton kernel. allowance: of registers a thread, as long as it spills nothing; None leaves it to ptxas."""
     form = (
         kernel.fn,
         *(
@@ -29,10 +29,21 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Non
             if name.isupper() or isinstance(value, torch.Tensor)
         ),
     )
-    allowance = _allowances.get(form)
-    compiled = kernel[grid](**arguments, **({} if allowance is None else {"maxnreg": allowance}))
+    allowance = _allowances.get(form, allowance)
+    compiled = kernel[grid](**arguments, **_option(allowance))
     # The interpreter returns nothing.
-    if compiled is not None and compiled.n_spills:
+    if compiled is None or form in _allowances:
+        return
+    # At once, so that nothing is compiled or loaded later, while a CUDA graph is captured.
+    _allowances[form] = allowance
+    while compiled.n_spills:
         larger = next_allowance(compiled.n_regs)
-        if larger is not None:
-            _allowances[form] = larger
+        if larger is None:
+            break
+        compiled = kernel.warmup(grid=grid, **arguments, **_option(larger))
+        compiled._init_handles()
+        _allowances[form] = larger
+
+
+def _option(allowance: int | None) -> dict[str, int]:
+    return {} if allowance is None else {"maxnreg": allowance}

@@ -88,8 +88,8 @@ class Request:
         def reduce(rows: Tensor | None) -> Tensor:
             if rows is None:
                 return scale.new_zeros(self.num_rows if self.per_row else ())
-            rows = rows.detach() * scale
-            return self.spread(rows) if self.per_row else rows.sum()
+            scaled = rows.detach() * scale
+            return self.spread(scaled) if self.per_row else scaled.sum()
 
         def mean(rows: Tensor | None) -> Tensor:
             if rows is None:

@@ -13,6 +13,9 @@ from kdflow_kernels.divergences import JITChoices, JITPointwise
 from kdflow_kernels.problem import GradientNeeds, Head, Problem, RowTerms
 from kdflow_kernels.registers import launch
 
+# Of the kernels before the row kernel: two programs of 8 warps on a processor. ptxas would take 170 and leave one.
+STATISTICS_REGISTERS = 128
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -114,6 +117,7 @@ class RowLauncher:
                     pointwise.row_parameters,
                     grid,
                     {**sources, "row_parameters": self.row_parameters, "parameter": parameter},
+                    allowance=STATISTICS_REGISTERS,
                 )
             if self.choices is not None:
                 of_choices = {
@@ -125,7 +129,7 @@ class RowLauncher:
                     "CHOICES": power_of_two(self.top_k),
                     "STEPS": power_of_two(-(-self.num_columns // self.layout.block)),
                 }
-                launch(choice_kernel, grid, {**sources, **of_choices})
+                launch(choice_kernel, grid, {**sources, **of_choices}, allowance=STATISTICS_REGISTERS)
             launch(row_kernel, grid, {**sources, **of_rows})
 
     def _sources(self, num_rows: int, student_logits: Tensor, teacher_logits: Tensor | None) -> dict[str, Any]:
@@ -168,7 +172,8 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
     count = gradient.numel()
     if count:
         with on(gradient.device):
-            scale_kernel[(min(-(-count // SCALE_BLOCK.value), 2048),)](gradient, factor, count)
+            grid = (min(-(-count // SCALE_BLOCK.value), 2048),)
+            scale_kernel[grid](gradient, factor, count)  # pyright: ignore[reportIndexIssue]
 
 
 def on(device: torch.device):

@@ -41,8 +41,10 @@ def expected(student: Tensor, teacher: Tensor, rows) -> tuple[Tensor, Tensor]:
 
 
 def check(student: Tensor, teacher: Tensor, divergence: Divergence, rows, *, atol: float = 3e-6) -> None:
+    # The GPU's logarithm is good to 2^-22; see jit_math.
+    looser = 10.0 if DEVICE == "cuda" else 1.0
     for found, wanted in zip(from_logits(student, teacher, divergence), expected(student, teacher, rows), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=3e-5, atol=atol)
+        torch.testing.assert_close(found, wanted, rtol=3e-5 * looser, atol=atol * looser)
 
 
 def logits(num_rows: int, vocab: int, *, seed: int, integers: bool = False) -> Tensor:

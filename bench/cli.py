@@ -69,6 +69,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
 
 def _check(options: argparse.Namespace, console: Console) -> int:
+    options.quick = True  # repetitions and budgets as well
     return check.conclude(_measure(check.cases(), options, console), console, update=options.update)
 
 
@@ -173,7 +174,6 @@ def _parser() -> argparse.ArgumentParser:
     roofline.add_options(commands.add_parser("roofline", help=_summary(roofline), description=roofline.__doc__))
     checking = commands.add_parser("check", parents=[shared], help=_summary(check), description=check.__doc__)
     checking.add_argument("--update", action="store_true", help="store this run's ratios in bench/check.json")
-    checking.set_defaults(quick=True)
     comparison = commands.add_parser("compare", help="what changed between two result files")
     comparison.add_argument("before", metavar="A")
     comparison.add_argument("after", metavar="B")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench import check
+from bench import check, cli
 from bench.model import Row
 from bench.timing import quantile
 
@@ -79,3 +79,10 @@ def test_the_stored_file_names_cases_that_exist() -> None:
             assert name.partition(":")[0] == "loss" or name in known  # the loss's dtype is that of the kind
             assert 0 < values["ratio"] < 20
             assert values["fails_at"] > 1
+
+
+def test_only_the_check_is_quick_by_itself() -> None:
+    """Options that commands share have one default for all."""
+    parser = cli._parser()
+    assert [parser.parse_args([name]).quick for name in ("check", "loss", "student")] == [False] * 3
+    assert parser.parse_args(["student", "--quick"]).quick

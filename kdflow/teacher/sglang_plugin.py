@@ -15,6 +15,7 @@ import base64
 import functools
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,6 +77,7 @@ class _Record:
     def __init__(self, slot: WriteSlot | CudaWriteSlot | None, errand: Errand, hidden_size: int) -> None:
         self.slot = slot
         self.num_missing = errand.num_rows
+        self.spent_ns = 0.0
         self._done: dict[int, int] = {}  # by first_row: how many rows of that request are through
         shape = (errand.num_rows, hidden_size)
         self._rows = None if slot is None else slot.tensor(shape, getattr(torch, errand.dtype))
@@ -113,10 +115,10 @@ class _Record:
             self.slot.abort(reason)
             self.slot = None
 
-    def publish(self, asked_ns: int) -> None:
+    def publish(self) -> None:
         if self.slot is not None:
             self._rows = None
-            self.slot.tag = time.monotonic_ns() - asked_ns
+            self.slot.tag = round(self.spent_ns)
             self.slot.commit()
 
 
@@ -126,22 +128,33 @@ class Capture:
     def __init__(self) -> None:
         self._rings: dict[str, HiddenRing | CudaRing] = {}
         self._open: dict[tuple[str, int], _Record] = {}
-        self._published_ns = 0
+        self._last_ns = 0
 
-    def take(self, errand: Errand, hidden: torch.Tensor, prefix: int, is_last: bool) -> None:
-        """Writes what a forward computed of one request; see _Record.write."""
-        if not errand.ring:
-            return
-        key = (errand.ring, errand.ticket)
-        record = self._open.get(key)
-        if record is None:
-            record = self._open[key] = _Record(self._reserve(errand, hidden.device), errand, hidden.shape[1])
-        record.write(errand, hidden, prefix, is_last)
-        if record.num_missing == 0:
-            del self._open[key]
-            # Records overlap in the engine; each is told the time since the one before.
-            record.publish(max(errand.asked_ns, self._published_ns))
-            self._published_ns = time.monotonic_ns()
+    def take(self, requests: Sequence[tuple[int, int, Errand | None, bool]], hidden: torch.Tensor) -> None:
+        """Writes what a forward computed.
+
+        Args:
+            requests: prefix, number of tokens, errand and whether this is the last of it, of each request in turn.
+            hidden: of all of them.
+        """
+        # Several records are computed at one time: each gets the part of the time that its tokens are of the forward.
+        now, asked = time.monotonic_ns(), min(errand.asked_ns for *_, errand, _ in requests if errand is not None)
+        ns_per_token = (now - max(asked, self._last_ns)) / sum(num_tokens for _, num_tokens, *_ in requests)
+        self._last_ns = now
+        begin = 0
+        for prefix, num_tokens, errand, is_last in requests:
+            rows = hidden[begin : begin + num_tokens]
+            begin += num_tokens
+            if errand is None or not errand.ring:
+                continue
+            key = (errand.ring, errand.ticket)
+            record = self._open.get(key)
+            if record is None:
+                record = self._open[key] = _Record(self._reserve(errand, hidden.device), errand, hidden.shape[1])
+            record.spent_ns += ns_per_token * num_tokens
+            record.write(errand, rows, prefix, is_last)
+            if record.num_missing == 0:
+                self._open.pop(key).publish()
 
     def _reserve(self, errand: Errand, device: torch.device) -> WriteSlot | CudaWriteSlot | None:
         """The slot, or None where somebody else has the ticket or has answered it: it was asked for twice."""
@@ -176,14 +189,12 @@ def after_forward(result: Any, worker: Any, batch: Any = None, *args: Any, **kwa
         return
     hidden, output.hidden_states = output.hidden_states, None
     output.customized_info = {KEY: [None] * len(errands)}
-    if worker.model_runner.tp_rank != 0:
-        return
-    begin = 0
-    for request, errand, prefix, n in zip(batch.reqs, errands, batch.prefix_lens, batch.extend_lens, strict=True):
-        if errand is not None:
-            is_last = prefix + n >= len(request.origin_input_ids)
-            _capture.take(errand, hidden[begin : begin + n], prefix, is_last)
-        begin += n
+    if worker.model_runner.tp_rank == 0:
+        ends = [
+            prefix + n >= len(request.origin_input_ids)
+            for request, prefix, n in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)
+        ]
+        _capture.take(list(zip(batch.prefix_lens, batch.extend_lens, errands, ends, strict=True)), hidden)
 
 
 def register() -> None:

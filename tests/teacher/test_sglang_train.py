@@ -68,6 +68,11 @@ def schedulers(pid: int) -> list[psutil.Process]:
     return [p for p in psutil.Process(pid).children(recursive=True) if "sglang::scheduler" in " ".join(p.cmdline())]
 
 
+def workers(pid: int) -> list[psutil.Process]:
+    """kdflow's teacher processes below a launcher."""
+    return [p for p in psutil.Process(pid).children() if "kdflow.teacher.worker" in p.cmdline()]
+
+
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The file that chooses the fault of the engines that this test starts."""
@@ -77,8 +82,8 @@ def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return path
 
 
-def test_killed_schedulers_change_no_number(run_config, on_hf, fault: Path, tmp_path: Path) -> None:
-    """Two kills between two chunks of a microbatch: the teacher comes back and is asked for it again."""
+def test_killed_processes_change_no_number(run_config, on_hf, fault: Path, tmp_path: Path) -> None:
+    """A scheduler and then a worker are killed between two chunks of a microbatch, which is asked for again."""
     options = {"training__num_steps": 40}
     config = run_config(
         output_dir=tmp_path / "sglang",
@@ -98,8 +103,8 @@ def test_killed_schedulers_change_no_number(run_config, on_hf, fault: Path, tmp_
             if line.startswith(("step 3/", "step 20/")):
                 fault.write_text("slow")
                 time.sleep(3.5)
-                (scheduler,) = schedulers(process.pid)
-                scheduler.send_signal(signal.SIGKILL)
+                (victim,) = workers(process.pid) if killed else schedulers(process.pid)
+                victim.send_signal(signal.SIGKILL)
                 killed.append(time.monotonic())
                 fault.unlink()
         assert process.wait(timeout=60) == 0, process.stderr.read()
@@ -143,19 +148,24 @@ MODELS = Path("~/.cache/kdflow").expanduser()
 
 @pytest.mark.skipif(not MODELS.is_dir(), reason="needs the models of examples/prepare_models.py")
 def test_the_main_job(tmp_path: Path) -> None:
-    """The real 135M model, in bfloat16 where the machine has it: each loss within 1% of the Hugging Face teacher's."""
+    """The real 135M model in float32 on both sides: every loss within 0.1% of the Hugging Face teacher's.
+
+    In bfloat16 the first loss agrees as well; later ones part as two roundings of a run do (docs/teachers.md).
+    """
     example = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
     found = {}
     for backend in ("hf", "sglang"):
         options = {
             "output_dir": tmp_path / backend,
             "teacher.backend": backend,
-            "training.num_steps": 4,
-            "data.num_eval_samples": 4,
+            "teacher.dtype": "float32",
+            "student.compute_dtype": "float32",
+            "training.num_steps": 3,
+            "data.num_eval_samples": 2,
         }
         config = load_config(example, [f"--{name}={value}" for name, value in options.items()])
         result = subprocess.run(command(config), capture_output=True, text=True, timeout=400, cwd=example.parents[1])
         assert result.returncode == 0, result.stderr
         found[backend] = losses(config)
     for name in ("train loss", "eval kl"):
-        assert found["sglang"][name] == pytest.approx(found["hf"][name], rel=0.01), name
+        assert found["sglang"][name] == pytest.approx(found["hf"][name], rel=1e-3), name

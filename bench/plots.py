@@ -136,6 +136,7 @@ def sweeps(rows: Sequence[Row]) -> list[tuple[str, Figure]]:
 
 
 def _sweeps(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    rows = [row for row in rows if row.median_s is not None]
     names = {name for row in rows for name, value in row.params.items() if _is_number(value)} - AMOUNTS
     found = []
     for name in sorted(names):
@@ -191,6 +192,7 @@ def _lines(axes: Axes, rows: Sequence[Row], name: str, measure: str) -> None:
     points = sorted({row.params[name] for row in rows})
     axes.set_xticks(points, [f"{point:,}" for point in points], fontsize=8, rotation=30)
     axes.xaxis.minorticks_off()
+    axes.tick_params(axis="y", labelsize=8)
     if measure == "floor_percent":
         axes.set_ylim(bottom=0)
     else:

@@ -23,11 +23,11 @@ COLOURS = {
     "rollout": "#8f6bb1",
     "filling": "#a8c8da",
     "full": "#5a9367",
-    "being read": "#e0a030",
+    "being read": "#f2d49b",
     "request": "#e8d9b8",
     "forward": "#e0a030",
-    "receive wait": "#b3261e",
-    "loss": "#d1495b",
+    "receive wait": "#e02020",
+    "loss": "#b0527f",
     "backward": "#c07f5a",
     "optimizer step": "#6d4c8f",
     "metrics": "#b9a4cc",
@@ -70,7 +70,7 @@ def read_tracks(path: Path) -> dict[str, list[Bar]]:
 
 
 def draw(tracks: dict[str, list[Bar]]) -> Figure:
-    """The last steps of the run; all of it where there are none."""
+    """Steps from the middle of the run; all of it where there are none."""
     begin, end, steps = _window(tracks)
     height = 1.4 + 0.32 * len(tracks)
     figure, axes = plt.subplots(figsize=(11.0, height), layout="constrained")
@@ -103,7 +103,8 @@ def _window(tracks: dict[str, list[Bar]]) -> tuple[float, float, list[float]]:
         every = [bar for bars in tracks.values() for bar in bars]
         return min(b.start_s for b in every), max(b.start_s + b.seconds for b in every), []
     starts = sorted({step.start_s for step in steps})
-    # The first step warms up; ranks begin a step at about the same time.
-    last = [s for s in steps if s.start_s >= starts[max(0, len(starts) - SHOWN_STEPS)]]
-    ends = sorted({s.start_s + s.seconds for s in last})
-    return last[0].start_s, ends[-1], ends[:-1]
+    # Neither the first, which warms up, nor the last, for which teachers have nothing left to do.
+    first = max(0, (len(starts) - SHOWN_STEPS + 1) // 2)
+    shown = [s for s in steps if s.start_s in starts[first : first + SHOWN_STEPS]]
+    ends = sorted({s.start_s + s.seconds for s in shown})
+    return shown[0].start_s, ends[-1], ends[:-1]

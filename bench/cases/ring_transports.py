@@ -110,7 +110,7 @@ class _RingSender(Sender):
 
     def send(self, message: torch.Tensor, ticket: int) -> None:
         with self._ring.reserve(ticket) as slot:
-            slot.tensor(message.shape, message.dtype).copy_(message)
+            slot.copy_from(message)
 
 
 class MultiprocessingQueue(Transport):

@@ -76,6 +76,13 @@ PYBIND11_MODULE(_ring, module) {
             return Bytes{self.member(), self.data(), self.record.nbytes, readonly};
           },
           py::arg("readonly"))
+      .def(
+          "copy_from",
+          [](Lease& self, std::uintptr_t address, std::uint64_t nbytes) {
+            if (nbytes != self.record.nbytes) throw std::invalid_argument("copy_from: another size than the record's");
+            if (nbytes > 0) std::memcpy(self.data(), reinterpret_cast<const void*>(address), nbytes);
+          },
+          py::arg("address"), py::arg("nbytes"), py::call_guard<Unlocked>())
       .def("commit", &Lease::commit, py::call_guard<Unlocked>())
       .def("abort", &Lease::abort, py::arg("reason"), py::call_guard<Unlocked>())
       .def("release", &Lease::release, py::call_guard<Unlocked>());

@@ -160,12 +160,27 @@ class WriteSlot(_Slot):
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Writable view of the slot, uninitialised. ValueError when it does not fit slot_bytes."""
+        self._set_shape(shape, dtype)
+        return self._torch_view()
+
+    def copy_from(self, source: torch.Tensor) -> None:
+        """Fill the slot with a tensor that is whole already; its shape and dtype become the record's.
+
+        From a contiguous CPU tensor this is one memcpy without the GIL. Beyond the caches it is faster than
+        `tensor(...).copy_(source)`: torch reads memory that it is about to overwrite. ValueError when it does not fit.
+        """
+        if source.device.type != "cpu" or not source.is_contiguous():
+            self.tensor(source.shape, source.dtype).copy_(source)
+            return
+        self._set_shape(source.shape, source.dtype)
+        self._lease.copy_from(source.data_ptr(), source.nbytes)
+
+    def _set_shape(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         self._require_held()
         name = str(dtype).removeprefix("torch.")
         if name not in _DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
         self._lease.set_shape(*_DTYPES[name], list(shape))
-        return self._torch_view()
 
     def buffer(self, nbytes: int) -> memoryview:
         """Writable bytes of the slot, for those who have no torch; the record is uint8 (nbytes,)."""

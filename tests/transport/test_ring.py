@@ -79,6 +79,30 @@ def test_shapes_from_no_row_to_a_full_slot(ring: HiddenRing, shape: tuple[int, .
         assert (slot.microbatch_id, slot.tag) == (7, -7)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        torch.arange(600).view(30, 20).bfloat16(),
+        torch.arange(600).view(30, 20).float()[::2],  # with gaps
+        torch.arange(60).view(6, 10).float().T,
+        torch.empty(0, 8),
+        torch.tensor(3.5),
+    ],
+    ids=["contiguous", "every other row", "transposed", "no rows", "scalar"],
+)
+def test_copy_from(ring: HiddenRing, source: torch.Tensor) -> None:
+    producer = HiddenRing.attach(ring.handle, role="producer")
+    consumer = HiddenRing.attach(ring.handle, role="consumer")
+    with producer.reserve(0) as slot:
+        slot.copy_from(source)
+    with consumer.receive(0) as received:
+        assert torch.equal(received.tensor(), source)
+    with pytest.raises(ValueError, match="at most 4096 bytes"), producer.reserve(1) as slot:
+        slot.copy_from(torch.empty(1025))
+    with pytest.raises(TransportError, match="was given back"):
+        slot.copy_from(source)
+
+
 def test_one_element_too_many(ring: HiddenRing) -> None:
     producer = HiddenRing.attach(ring.handle, role="producer")
     consumer = HiddenRing.attach(ring.handle, role="consumer")

@@ -61,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, console: Console) -> int:
     cases = _cases(options)
+    if options.cases:
+        names = [case.name for case in cases]
+        cases = [case for case in cases if options.cases in case.name]
+        if not cases:
+            raise ValueError(f"--cases: no name contains {options.cases!r}; known: {names}")
     if options.providers:
         cases = [_only(case, options.providers) for case in cases]
     os.environ[KEEP] = str(_result_path(options).with_suffix("").absolute())
@@ -150,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     shared.add_argument("--quick", action="store_true", help="small cases, about a minute")
+    shared.add_argument("--cases", metavar="TEXT", help="only the cases whose name contains TEXT")
     shared.add_argument("--providers", nargs="+", default=[], metavar="NAME")
     shared.add_argument("--reps", type=int, help="repetitions of each provider (7; quick: 3)")
     shared.add_argument("--budget-s", type=float, help="seconds a provider may take in one case")

@@ -79,6 +79,7 @@ def test_the_goals_have_their_cases_on_a_gpu() -> None:
     [
         (["loss", "--shapes", "1,2"], "expected N,V,Hs,Ht"),
         (["loss", "--quick", "--providers", "nobody"], "none of ['nobody'] is in"),
+        (["ring", "--cases", "nothing"], "no name contains 'nothing'"),
         (["compare", "absent.jsonl", "absent.jsonl"], "absent.jsonl"),
     ],
 )

@@ -119,33 +119,35 @@ class SGLangTeacher:
 
     async def _handshake(self, on_term: Any) -> None:
         """Proves that the plugin answers in the scheduler, and takes the signals back that SGLang took."""
-        answered = await self._generate([np.zeros(1, np.int32)], [Errand(ring="")])
+        unanswered = await self._generate([np.zeros(1, np.int32)], [Errand(ring="")])
         self._loop.remove_signal_handler(signal.SIGTERM)
         signal.signal(signal.SIGTERM, on_term)
         self._loop.add_signal_handler(signal.SIGQUIT, self._mourn, "a process of the SGLang engine reported an error")
-        if not answered:
+        if unanswered:
             raise TeacherFault(
                 f"SGLang {_installed_version()} runs without kdflow's plugin, which did not answer the first request. "
                 f"Its traceback is above if it failed to load; SGLANG_PLUGINS must not leave {sglang_plugin.KEY} out; "
                 "after an update of kdflow, install it again"
             )
 
-    async def _generate(self, samples: Sequence[np.ndarray], errands: Sequence[Errand]) -> bool:
-        """Prefills; whether the plugin answered for each."""
+    async def _generate(self, samples: Sequence[np.ndarray], errands: Sequence[Errand]) -> list[Any]:
+        """Prefills; why the engine ended those requests for which the plugin did not answer."""
         replies = await self._engine.async_generate(
             input_ids=[sample.tolist() for sample in samples],
             # With no token to generate the engine neither samples nor begins to decode.
             sampling_params=[{"max_new_tokens": 0, "custom_params": errand.to_params()} for errand in errands],
             return_hidden_states=True,
         )
-        return all(sglang_plugin.KEY in reply["meta_info"] for reply in replies)
+        told = [reply["meta_info"] for reply in replies]
+        return [meta.get("finish_reason") for meta in told if sglang_plugin.KEY not in meta]
 
     async def _prefill(self, microbatch: Microbatch, errand: Errand) -> None:
         """Has the loss rows of a microbatch written into the slot that `errand` names."""
-        if not await self._generate(*split(microbatch, errand)):
+        if unanswered := await self._generate(*split(microbatch, errand)):
             raise TeacherFault(
-                f"ticket {errand.ticket}: SGLang answered, its plugin did not; is another plugin in its way, or does "
-                "this release forward by another method for some batches?"
+                f"ticket {errand.ticket}: SGLang ended {len(unanswered)} requests without its plugin (finish reason "
+                f"{unanswered[0]}). If it refused them, raise max_total_tokens or context_length in "
+                "teacher.engine_args; else another plugin is in the way"
             )
 
     # --- the teacher's side of the rings ---

@@ -12,12 +12,7 @@ from dataclasses import dataclass
 
 from kdflow.plan.shapes import ModelShape
 from kdflow.plan.work import FP32
-from kdflow_kernels import triton_backend
-
-# Rows of a chunk of the teacher's logits, and of the student's outside the weight's gradient, in the torch backend; a
-# test holds what follows from them against what it allocates.
-TORCH_CHUNK_ROWS = 352
-TORCH_SCRATCH_ROWS = 512
+from kdflow_kernels import torch_backend, triton_backend
 
 
 @dataclass(frozen=True)
@@ -88,9 +83,9 @@ def _triton_loss(student: ModelShape, columns: int, num_rows: int, item: int) ->
 
 def _torch_loss(student: ModelShape, columns: int, num_rows: int, item: int) -> LossMemory:
     hidden = student.hidden_size
-    in_place = 0 < num_rows <= hidden + TORCH_SCRATCH_ROWS
-    group = max(1, num_rows if in_place else min(num_rows, TORCH_SCRATCH_ROWS))
-    chunk = -(-group // -(-group // TORCH_CHUNK_ROWS))
+    in_place = 0 < num_rows <= hidden + torch_backend.SCRATCH_ROWS
+    group = max(1, num_rows if in_place else min(num_rows, torch_backend.SCRATCH_ROWS))
+    chunk = -(-group // -(-group // torch_backend.CHUNK_ROWS))
     outside = columns
     if in_place:  # logits lie in the weight's gradient, as far as it goes
         outside = max(0, columns - student.head_params // max(group, hidden))

@@ -32,7 +32,8 @@ def test_the_stored_run_is_predicted(models: None) -> None:
     found = {error.name.split(",")[0].split(" ")[0]: error for error in errors}
     ours = next(row for row in read_results(STORED)[1] if row.role == "ours")
     assert sum(p.num_tokens for step in timed_steps(plan.workload) for ranks in step for p in ranks) == ours.work
-    assert found["tokens/s"].measured == pytest.approx(294, abs=1)
+    assert ours.median_s is not None
+    assert found["tokens/s"].measured == pytest.approx(ours.work / ours.median_s, rel=1e-3)
     # Memory does not hang on rates; times do, and these are the test's.
     assert abs(found["peak"].percent) < 25
     assert abs(found["share"].percent) < 40

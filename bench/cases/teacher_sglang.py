@@ -70,7 +70,7 @@ def make_model(folder: Path, hidden_size: int, num_layers: int, length: int) -> 
         num_key_value_heads=hidden_size // 256,
         max_position_embeddings=length + 8,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
 class Captured:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from kdflow.config import TeacherConfig
 from kdflow.teacher import TEACHERS

@@ -139,17 +139,13 @@ class CudaWriteSlot(_CudaSlot, WriteSlot):
     def array(self, shape: Sequence[int], dtype: str) -> SlotArray:
         """The slot for cupy and others, uninitialised; dtype by its name, as "float32"."""
         self._require_in_device_memory()
-        self._require_held()
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
-        self._lease.set_shape(*_DTYPES[dtype], list(shape))
+        self._set_shape(shape, dtype)
         return SlotArray(self)
 
     def copy_from(self, source: Any) -> None:
         """Enqueue a copy of a whole tensor, or array with __cuda_array_interface__, into the slot."""
-        self._require_held()
         array = describe_array(source, self._ordinal)
-        self._lease.set_shape(*_DTYPES[array.dtype], array.shape)
+        self._set_shape(array.shape, array.dtype)
         self._lease.copy_from(array.address, array.nbytes)
 
     def commit(self) -> None:

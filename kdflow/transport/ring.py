@@ -175,7 +175,7 @@ class WriteSlot(_Slot):
         self._set_shape(source.shape, source.dtype)
         self._lease.copy_from(source.data_ptr(), source.nbytes)
 
-    def _set_shape(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+    def _set_shape(self, shape: Sequence[int], dtype: torch.dtype | str) -> None:
         self._require_held()
         name = str(dtype).removeprefix("torch.")
         if name not in _DTYPES:

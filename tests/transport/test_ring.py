@@ -261,7 +261,9 @@ def test_wrong_sources(ring: HiddenRing) -> None:
 
 def test_ctrl_c_ends_a_wait(ring: HiddenRing) -> None:
     code = (
-        "import sys\nfrom kdflow.transport.ring import HiddenRing\n"
+        "import signal, sys\nfrom kdflow.transport.ring import HiddenRing\n"
+        # Shells have background jobs ignore it, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "ring = HiddenRing.attach(sys.argv[1], role='consumer')\n"
         "print('waiting', flush=True)\n"
         "try:\n    ring.receive(timeout_s=60)\nexcept KeyboardInterrupt:\n    sys.exit(7)\n"

@@ -151,7 +151,8 @@ void add_terms(const Buffer& z, const Buffer& y, int n, LogProbs student, LogPro
   sums.g += g_sum;
 }
 
-// Step 3's divergence over the first n columns: dz = kd_scale (g - q sum g) + q_scale q; the sum of f.
+// Step 3's divergence over the first n columns: dz = kd_scale g + q_factor q, where q_factor holds the sum
+// of g and, with a shared softmax, cross-entropy's part; returns the sum of f.
 template <class D>
 float write_terms(const Buffer& z, const Buffer& y, int n, LogProbs student, LogProbs teacher, float parameter,
                   float kd_scale, float q_factor, Buffer& dz) {

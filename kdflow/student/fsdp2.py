@@ -8,6 +8,7 @@ the loss and reduce its gradient after it, tied or untied. Fetching the head fro
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -129,11 +130,15 @@ class FSDP2Student:
         output.loss.backward()
         return output
 
-    def optimizer_step(self, index: int) -> tuple[torch.Tensor, float]:
+    def optimizer_step(
+        self, index: int, accept: Callable[[torch.Tensor], bool] = lambda norm: True
+    ) -> tuple[torch.Tensor, float]:
         """Clips, updates and clears the gradients.
 
         Args:
             index: of the step; the learning rate is a function of it alone.
+            accept: asked with the gradient norm before anything moves; its no drops the gradients and leaves weights
+                and optimizer as they are. Every rank must answer alike.
 
         Returns:
             The gradient norm before clipping and the learning rate.
@@ -141,12 +146,14 @@ class FSDP2Student:
         config = self._config
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), config.max_grad_norm)
         learning_rate = config.learning_rate * lr_factor(index, config, self._num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         assert isinstance(norm, DTensor)
-        return norm.full_tensor(), learning_rate
+        norm = norm.full_tensor()
+        if accept(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm, learning_rate
 
     @torch.no_grad()
     def evaluate(self, microbatch: Microbatch, teacher_rows: TeacherRows, *, num_items: float) -> KDLossOutput:

@@ -19,6 +19,13 @@ QWEN3_4B = {
     "num_hidden_layers": 36,
     "num_attention_heads": 32,
 }
+QWEN3_1_7B = {
+    **QWEN3,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+}
 QWEN3_0_6B = {
     **QWEN3,
     "hidden_size": 1024,

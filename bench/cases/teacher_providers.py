@@ -15,9 +15,16 @@ import torch
 
 from bench.cases.e2e_job import Job, Params, load_job
 from bench.model import Trial
-from kdflow.config import ProfileConfig, TransportConfig
+from kdflow.config import ProfileConfig, TeacherConfig, TransportConfig
 from kdflow.launcher.teachers import TeacherProcess
-from kdflow.modeling import forward_hidden_states, load_decoder, load_model_config, resolve_device, to_device
+from kdflow.modeling import (
+    forward_hidden_states,
+    load_decoder,
+    load_model_config,
+    resolve_device,
+    resolve_dtype,
+    to_device,
+)
 from kdflow.modeling.attention import packed_options
 from kdflow.teacher.worker import WorkerSpec
 from kdflow.transport import (
@@ -79,23 +86,37 @@ def sglang(params: Params) -> Trial:
 
 
 def _served(params: Params, backend: str) -> Trial:
-    """A teacher's own process, asked through the rings as a student asks."""
     job = load_job(params)
-    index = int(params["device"].partition(":")[2] or 0)
-    config = replace(job.config.teacher, backend=backend, num_threads=torch.get_num_threads())
+    run, close = start_teacher(
+        replace(job.config.teacher, backend=backend),
+        device=params["device"],
+        tokens_per_microbatch=job.config.training.tokens_per_microbatch,
+    )
+    return _trial(job, run, close)
+
+
+def start_teacher(
+    config: TeacherConfig, *, device: str, tokens_per_microbatch: int
+) -> tuple[Callable[[Iterable[Microbatch]], float], Callable[[], None]]:
+    """A teacher's own process, asked through the rings as a student asks.
+
+    Returns:
+        What asks for microbatches, takes their rows and adds up the mean of one row of each; and what ends all.
+    """
+    index = int(device.partition(":")[2] or 0)
+    config = replace(config, num_threads=torch.get_num_threads())
     teacher_device = resolve_device(config.device, index)
+    item_bytes = resolve_dtype(config.dtype, teacher_device).itemsize
     transport = TransportConfig(num_slots=NUM_SLOTS)
     choice = choose_hidden_ring(transport, [(teacher_device.index, teacher_device.index)])
     hidden_size = load_model_config(config.model).get_text_config().hidden_size
-    most_rows = job.config.training.tokens_per_microbatch
     stack = ExitStack()
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     requests = stack.enter_context(
-        RequestRing.create(name="requests", num_slots=NUM_SLOTS, slot_bytes=request_bytes(most_rows))
+        RequestRing.create(name="requests", num_slots=NUM_SLOTS, slot_bytes=request_bytes(tokens_per_microbatch))
     )
-    ring = stack.enter_context(
-        create_hidden_ring(choice, transport, name="hidden", slot_bytes=most_rows * hidden_size * job.dtype.itemsize)
-    )
+    slot_bytes = tokens_per_microbatch * hidden_size * item_bytes
+    ring = stack.enter_context(create_hidden_ring(choice, transport, name="hidden", slot_bytes=slot_bytes))
     spec = WorkerSpec(
         teacher=config,
         profile=ProfileConfig(),
@@ -124,7 +145,7 @@ def _served(params: Params, backend: str) -> Trial:
                 total += pending.tensor()[0].double().mean().item()
         return total
 
-    return _trial(job, run, close=stack.close)
+    return run, stack.close
 
 
 def all_layers_through_queue(params: Params) -> Trial:

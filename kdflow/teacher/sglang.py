@@ -281,6 +281,8 @@ def engine_options(config: TeacherConfig, device: torch.device, dtype: torch.dty
         "custom_sigquit_handler": _on_sigquit,
         # A teacher never decodes, which is what graphs are for.
         "disable_cuda_graph": True,
+        # Else a scheduler without work takes a whole core.
+        "sleep_on_idle": True,
         "log_level": "error",
     }
     if device.type == "cuda":

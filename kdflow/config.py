@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from kdflow.errors import ConfigError
 from kdflow.registry import nearest
@@ -72,23 +72,53 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Conversations: rows with a `messages` list of `role` and `content`.
+class DataSource:
+    """One of several sources that are mixed.
 
     Args:
-        train: A .jsonl or .parquet file, a folder written by `datasets`, a hub id, or `module.py:function`
-            that returns an iterable of rows.
-        eval: Held-out rows in the same forms; without it, `num_eval_samples` are taken from `train`.
-        num_eval_samples: How many samples are held out and evaluated.
-        max_length: Longest sample in tokens.
-        long_samples: For longer ones: truncate drops the oldest tokens of the prompt, skip drops the sample.
+        source: As `data.train`.
+        weight: Its part of the samples drawn is weight / sum of weights. A source that comes to its end goes on in its
+            next epoch, in a new order.
     """
 
-    train: str
+    source: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Conversations: rows with a `messages` list of `role` and `content`; docs/data.md says more.
+
+    Args:
+        train: A .jsonl, .jsonl.gz, .json or .parquet file, a folder of them or one written by `datasets`, a hub id
+            (`id:split`), or `module.py:function` that returns an iterable of rows. Several are a list of
+            {source, weight}.
+        eval: Held-out rows in the same forms; without it, `num_eval_samples` are taken from `train`.
+        num_eval_samples: How many samples are held out and evaluated.
+        max_length: Longest sample in tokens, on either side.
+        long_samples: For longer ones: truncate drops the oldest tokens of the prompt, and then the end of the answer;
+            skip drops the sample; split makes several samples of it, each of which sees its own tokens alone.
+        loss_roles: Whose turns enter the loss.
+        loss_turns: Of these turns: all, or the last one alone.
+        teacher_context: A system prompt for the teacher alone, before the row's own. The columns `teacher_system` and
+            `teacher_messages` (the whole conversation as the teacher reads it) of a row go before it.
+        cache_dir: Where tokenised sources are kept; none is $XDG_CACHE_HOME/kdflow/tokens or ~/.cache/kdflow/tokens.
+    """
+
+    train: list[DataSource | str] | str
     eval: str | None = None
     num_eval_samples: int = 16
     max_length: int = 1024
-    long_samples: Literal["truncate", "skip"] = "truncate"
+    long_samples: Literal["truncate", "skip", "split"] = "truncate"
+    loss_roles: list[str] = field(default_factory=lambda: ["assistant"])
+    loss_turns: Literal["all", "last"] = "all"
+    teacher_context: str | None = None
+    cache_dir: str | None = None
+
+    def train_sources(self) -> list[DataSource]:
+        """`train` as a list, whichever way it was given."""
+        given = [self.train] if isinstance(self.train, str) else self.train
+        return [DataSource(item) if isinstance(item, str) else item for item in given]
 
 
 @dataclass(frozen=True)
@@ -280,6 +310,7 @@ def _get(config: RunConfig, dotted: str) -> Any:
 
 
 def _check(name: str, value: object, ok: bool, expected: str) -> None:
+        _check_data(self.data)
     if not ok:
         raise ConfigError(f"{name}: expected {expected}, got {value}")
 
@@ -296,6 +327,23 @@ def option_names(cls: type = RunConfig, prefix: str = "") -> list[str]:
 
 
 def config_parser(prog: str = "kdflow train") -> Any:
+def _check_data(data: DataConfig) -> None:
+    sources = data.train_sources()
+    if not sources or any(not item.source or item.source.startswith(("[", "{")) for item in sources):
+        raise ConfigError(f"data.train: expected a source or a list of {{source, weight}}, got {data.train!r}")
+    for item in sources:
+        _check(f"data.train: weight of {item.source}", item.weight, 0 < item.weight < math.inf, "more than 0")
+    names = [item.source for item in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"data.train: {twice[0]} is there twice: give it once, with the sum of the weights")
+    _check("data.loss_roles", data.loss_roles, bool(data.loss_roles), "at least one role, such as assistant")
+    if data.long_samples == "split" and data.teacher_context is not None:
+        raise ConfigError(
+            "data.long_samples: split cuts a conversation into pieces, of which only the first would have "
+            "data.teacher_context: use truncate or skip"
+        )
+
+
     """A jsonargparse parser of `--config FILE` and every option of RunConfig."""
     from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
 
@@ -362,14 +410,17 @@ def _reject_unknown(name: str, known: Sequence[str], where: str) -> None:
 
 def _build(cls: type, values: dict[str, Any]) -> Any:
     hints = get_type_hints(cls)
-    return cls(
-        **{
-            item.name: _build(hints[item.name], values[item.name])
-            if is_dataclass(hints[item.name])
-            else values[item.name]
-            for item in fields(cls)
-        }
-    )
+    return cls(**{item.name: _value(hints[item.name], values[item.name]) for item in fields(cls)})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    """Sections, alone or in a list, as their dataclasses."""
+    if isinstance(value, dict) and isinstance(hint, type) and is_dataclass(hint):
+        return _build(hint, value)
+    if isinstance(value, dict | list):
+        for kind in get_args(hint):
+            value = [_value(kind, item) for item in value] if isinstance(value, list) else _value(kind, value)
+    return value
 
 
 def dump_config(config: RunConfig) -> str:

@@ -19,16 +19,27 @@ class Sample:
 
     Attributes:
         input_ids: (T,) int32.
-        loss_mask: (T,) bool; true where the token was said by the assistant.
-        sample_id: position in its dataset.
+        loss_mask: (T,) bool; true where the token counts in the loss.
+        sample_id: its row, counted on over the sources of a run.
+        teacher: the conversation as the teacher alone reads it, with other tokens around the same loss tokens; None
+            where both read the same.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     sample_id: int
+    teacher: Sample | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def for_teacher(self) -> Sample:
+        return self if self.teacher is None else self.teacher
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer side."""
+        return max(len(self), len(self.for_teacher()))
 
     @property
     def num_loss_tokens(self) -> int:
@@ -45,12 +56,15 @@ class Microbatch:
         sequence_lengths: length of each sample; they add up to T.
         loss_rows: (N,) int32, ascending positions t whose next token counts in the loss.
         sample_ids: which samples these are.
+        teacher: what the teacher reads in their place, with as many loss rows in the same order; None where it reads
+            the same.
     """
 
     input_ids: np.ndarray
     sequence_lengths: tuple[int, ...]
     loss_rows: np.ndarray
     sample_ids: tuple[int, ...] = ()
+    teacher: Microbatch | None = None
 
     @staticmethod
     def pack(samples: Sequence[Sample]) -> Microbatch:
@@ -59,16 +73,22 @@ class Microbatch:
         for sample in samples:
             rows.append(start + np.flatnonzero(sample.loss_mask[1:]))
             start += len(sample)
+        own_context = any(s.teacher is not None for s in samples)
         return Microbatch(
             input_ids=np.concatenate([s.input_ids for s in samples]).astype(np.int32),
             sequence_lengths=tuple(len(s) for s in samples),
             loss_rows=np.concatenate(rows).astype(np.int32),
             sample_ids=tuple(s.sample_id for s in samples),
+            teacher=Microbatch.pack([s.for_teacher() for s in samples]) if own_context else None,
         )
 
     def without_loss(self) -> Microbatch:
         """The same tokens, none of which enters the loss."""
-        return replace(self, loss_rows=np.zeros(0, np.int32), sample_ids=())
+        return replace(self, loss_rows=np.zeros(0, np.int32), sample_ids=(), teacher=None)
+
+    def for_teacher(self) -> Microbatch:
+        """What the teacher is asked for: row i of the answer belongs to loss row i."""
+        return self.teacher or self
 
     @property
     def num_tokens(self) -> int:

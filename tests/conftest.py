@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+CACHE = tempfile.TemporaryDirectory(prefix="kdflow-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name  # tokenised sources, of these processes and those that they start
 
 import pytest
 import torch

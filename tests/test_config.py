@@ -82,7 +82,7 @@ def test_options_are_documented() -> None:
     text = config_parser().format_help()
     for name in option_names():
         if "." in name:
-            at = text.index(f"--{name}", text.index("options:"))
+            at = text.index(f"--{name} ", text.index("options:"))
             following = text[at:].split("\n  --", 1)[0]
             assert "(type:" in following or "(required" in following, name
             assert len(following.split("(")[0].split()) > 2, f"{name} has no description"

@@ -1,15 +1,20 @@
 """From conversations to packed microbatches."""
 
+from kdflow.data.balance import balance
 from kdflow.data.chat import ChatTokenizer
-from kdflow.data.dataset import Dataset, DatasetReport, load_datasets
+from kdflow.data.dataset import Dataset, load_datasets
+from kdflow.data.mixture import Mixture
 from kdflow.data.packing import Step, pack_step, training_steps
+from kdflow.data.report import DatasetReport
 from kdflow.data.sources import load_rows
 
 __all__ = [
     "ChatTokenizer",
     "Dataset",
     "DatasetReport",
+    "Mixture",
     "Step",
+    "balance",
     "load_datasets",
     "load_rows",
     "pack_step",

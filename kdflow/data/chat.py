@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
+from jinja2 import TemplateError
 
 from kdflow.errors import DataError
 from kdflow.types import Sample
 
+Message = dict[str, Any]
+_USUAL_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as text.
+
+    Attributes:
+        spans: where in it the characters are that enter the loss.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
 
 class ChatTokenizer:
-    """Applies a tokenizer's own chat template and marks what the assistant said.
+    """Applies a tokenizer's own chat template and marks what enters the loss.
 
-    The mask comes from the template itself: the conversation is rendered up to each
-    assistant turn with the generation prompt and again with the turn; what is added is
-    the assistant's, its end-of-turn token included, white space after it not. So it needs
-    no markers in the template, and holds for any template that only appends.
+    The mask comes from the template itself: the conversation is rendered up to each assistant turn with the generation
+    prompt and again with the turn; what is added is the assistant's, its end-of-turn token included, white space after
+    it not. So it needs no markers in the template, and holds for any template that only appends. Of other roles, which
+    no prompt precedes, it is the text of the message and what the template closes it with.
+
+    Args:
+        loss_roles: whose turns are marked.
+        loss_turns: all of these turns, or the last one.
 
     Raises:
         DataError: no chat template, or no fast tokenizer (character offsets are needed).
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, *, loss_roles: Iterable[str] = ("assistant",), loss_turns: Literal["all", "last"] = "all"
+    ) -> None:
         if tokenizer.chat_template is None:
             raise DataError(
                 f"tokenizer of {tokenizer.name_or_path}: it has no chat template; "
@@ -32,34 +55,80 @@ class ChatTokenizer:
         if not tokenizer.is_fast:
             raise DataError(f"tokenizer of {tokenizer.name_or_path}: a fast tokenizer is needed")
         self._tokenizer = tokenizer
+        self._loss_roles = frozenset(loss_roles)
+        self._loss_turns = loss_turns
 
-    def encode(self, messages: Sequence[dict[str, str]], sample_id: int) -> Sample:
+    def encode(self, messages: Sequence[Message], sample_id: int) -> Sample:
         """One conversation as a sample.
 
         Raises:
-            DataError: the messages are malformed, none is the assistant's, or the template
-                rewrites earlier turns when later ones come.
+            DataError: as `render`.
         """
-        spans = []
-        text = self._render(messages)
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:index], add_generation_prompt=True)
-            through = self._render(messages[: index + 1])
-            if not (through.startswith(before) and text.startswith(through.rstrip())):
-                raise DataError("the chat template rewrites earlier turns: no stable loss mask")
-            spans.append((len(before), len(through.rstrip())))
-        if not spans:
-            raise DataError("no assistant turn")
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts, ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-        loss_mask = np.zeros(len(starts), dtype=bool)
-        for begin, end in spans:
-            loss_mask |= (starts >= begin) & (ends <= end) & (ends > starts)
-        return Sample(np.asarray(encoded["input_ids"], dtype=np.int32), loss_mask, sample_id)
+        (sample,) = self.tokenize([self.render(messages)], [sample_id])
+        return sample
 
-    def _render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        return self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Chat:
+        """The conversation as the template writes it.
+
+        Args:
+            tools: descriptions of tools, for templates that tell the model of them.
+
+        Raises:
+            DataError: the template refuses the messages, leaves one out, or rewrites earlier turns when later ones
+                come; no turn is of `loss_roles`.
+        """
+        turns = [index for index, message in enumerate(messages) if message["role"] in self._loss_roles]
+        if not turns:
+            roles = ", ".join(sorted({message["role"] for message in messages}))
+            raise DataError(f"no {' or '.join(sorted(self._loss_roles))} turn (it has {roles})")
+        text = self._render(messages, tools)
+        for message in messages:
+            if message["role"] not in _USUAL_ROLES and str(message["content"]).strip() not in text:
+                raise DataError(f"the chat template leaves out what role {message['role']!r} says")
+        if self._loss_turns == "last":
+            turns = turns[-1:]
+        return Chat(text, tuple(self._span(text, messages, index, tools) for index in turns))
+
+    def _span(self, text: str, messages: Sequence[Message], index: int, tools: Sequence[Any] | None) -> tuple[int, int]:
+        message = messages[index]
+        through = text if index + 1 == len(messages) else self._render(messages[: index + 1], tools)
+        stable = text.startswith(through.rstrip())
+        if message["role"] == "assistant":
+            before = self._render(messages[:index], tools, add_generation_prompt=True)
+            stable, begin = stable and through.startswith(before), len(before)
+        else:
+            begin = through.rfind(str(message["content"]).strip())
+        if not stable or begin < 0:
+            raise DataError(
+                "the chat template rewrites earlier turns: no stable loss mask (data.loss_turns=last needs it of the "
+                "last one alone)"
+            )
+        return begin, len(through.rstrip())
+
+    def tokenize(self, chats: Sequence[Chat], sample_ids: Sequence[int]) -> list[Sample]:
+        """Samples of rendered conversations, all at once: the tokenizer has threads of its own."""
+        encoded = self._tokenizer([chat.text for chat in chats], add_special_tokens=False, return_offsets_mapping=True)
+        samples = []
+        for chat, ids, offsets, sample_id in zip(
+            chats, encoded["input_ids"], encoded["offset_mapping"], sample_ids, strict=True
+        ):
+            starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+            loss_mask = np.zeros(len(starts), dtype=bool)
+            for begin, end in chat.spans:
+                loss_mask |= (starts >= begin) & (ends <= end) & (ends > starts)
+            loss_mask[:1] = False  # nothing comes before it that could predict it
+            samples.append(Sample(np.asarray(ids, dtype=np.int32), loss_mask, sample_id))
+        return samples
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, add_generation_prompt: bool = False
+    ) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=None if tools is None else list(tools),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses the messages: {error}") from None

@@ -1,80 +1,45 @@
-"""Tokenised samples of a run, and what happened to the rows that are not among them."""
+"""Tokenised samples of a run: each source is read once into a store, and from there on any sample is at hand."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdflow.config import DataConfig
-from kdflow.data.chat import ChatTokenizer
-from kdflow.data.sources import Row, load_rows
+from kdflow.config import DataConfig, DataSource
+from kdflow.data.chat import Chat, ChatTokenizer
+from kdflow.data.conversation import read_row
+from kdflow.data.mixture import Mixture, apportion
+from kdflow.data.report import DatasetReport
+from kdflow.data.shorten import fit, pair
+from kdflow.data.sources import Row, open_source
+from kdflow.data.store import FORMAT, SampleView, TokenStore, open_or_write
 from kdflow.errors import DataError
 from kdflow.types import Sample
 
-
-@dataclass(frozen=True)
-class DatasetReport:
-    """How many rows were read, used, shortened and skipped, the latter by reason."""
-
-    num_rows: int
-    num_samples: int
-    num_tokens: int
-    num_loss_tokens: int
-    num_truncated: int
-    skipped: dict[str, int]
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.num_samples} samples of {self.num_rows} rows, {self.num_tokens} tokens, "
-            f"{self.num_loss_tokens} in the loss"
-        )
-        if self.num_truncated:
-            text += f"; {self.num_truncated} truncated"
-        return text + "".join(f"; {n} skipped: {why}" for why, n in sorted(self.skipped.items()))
+_ROWS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
 class Dataset:
-    samples: list[Sample]
-    report: DatasetReport
-
-
-def tokenize_rows(rows: list[Row], tokenizer: Any, config: DataConfig, source: str) -> Dataset:
-    """Tokenises rows; those that cannot enter the loss are skipped and counted.
-
-    Raises:
-        DataError: no row is left.
     """
-    chat = ChatTokenizer(tokenizer)
-    samples: list[Sample] = []
-    skipped: Counter[str] = Counter()
-    num_truncated = 0
-    for index, row in enumerate(rows):
-        try:
-            sample = chat.encode(_messages(row), index)
-            if len(sample) > config.max_length:
-                sample = _shorten(sample, config)
-                num_truncated += 1
-            if sample.num_loss_tokens == 0:
-                raise DataError("no assistant token within max_length")
-        except DataError as error:
-            skipped[str(error)] += 1
-            continue
-        samples.append(sample)
-    report = DatasetReport(
-        num_rows=len(rows),
-        num_samples=len(samples),
-        num_tokens=sum(len(s) for s in samples),
-        num_loss_tokens=sum(s.num_loss_tokens for s in samples),
-        num_truncated=num_truncated,
-        skipped=dict(skipped),
-    )
-    if not samples:
-        raise DataError(f"data: {source}: no row can be used ({report})")
-    return Dataset(samples, report)
+    Attributes:
+        samples: of all sources, and in which order a run draws them.
+        report: of all sources together.
+        digests: of the stores' contents, by source: with other ones a run would not be the same.
+    """
+
+    samples: Mixture
+    report: DatasetReport
+    digests: dict[str, str]
 
 
 def load_datasets(config: DataConfig, tokenizer: Any, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -83,42 +48,166 @@ def load_datasets(config: DataConfig, tokenizer: Any, seed: int) -> tuple[Datase
     Raises:
         DataError: a source is missing, empty or unusable.
     """
-    train_rows = load_rows(config.train)
+    sources, parts, first_row = config.train_sources(), [], 0
+    for item in sources:
+        store = _open_store(item.source, config, tokenizer)
+        parts.append(_Part(store, np.arange(len(store)), first_row))
+        first_row += store.report.num_rows
     if config.num_eval_samples == 0:
-        return tokenize_rows(train_rows, tokenizer, config, config.train), None
-    order = np.random.default_rng(seed).permutation
+        return _dataset(sources, parts), None
     if config.eval is not None:
-        rows = load_rows(config.eval)
-        chosen = sorted(order(len(rows))[: config.num_eval_samples].tolist())
-        held_out = tokenize_rows([rows[i] for i in chosen], tokenizer, config, config.eval)
-        return tokenize_rows(train_rows, tokenizer, config, config.train), held_out
-    if len(train_rows) <= config.num_eval_samples:
-        raise DataError(
-            f"data: {config.train} has {len(train_rows)} rows, {config.num_eval_samples} of them to "
-            "be held out: give data.eval or a smaller data.num_eval_samples"
+        store = _open_store(config.eval, config, tokenizer)
+        chosen = _Part(store, _choose(store, config.num_eval_samples, seed), 0)
+        return _dataset(sources, parts), _dataset([DataSource(config.eval)], [chosen])
+    kept, held_out = [], []
+    shares = apportion([item.weight for item in sources], config.num_eval_samples)
+    for item, part, count in zip(sources, parts, shares, strict=True):
+        chosen = _choose(part.store, count, seed)
+        if len(chosen) == len(part):
+            raise DataError(
+                f"data: {item.source} has {part.report().num_rows} rows, {count} of them to be held out: give "
+                "data.eval or a smaller data.num_eval_samples"
+            )
+        held_out.append(_Part(part.store, chosen, part.first_row))
+        kept.append(_Part(part.store, np.setdiff1d(part.indices, chosen), part.first_row))
+    return _dataset(sources, kept), _dataset(sources, held_out)
+
+
+def _choose(store: TokenStore, num_rows: int, seed: int) -> np.ndarray:
+    """The samples of so many rows, by chance."""
+    rows = np.unique(store.rows())
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:num_rows]
+    return np.flatnonzero(np.isin(store.rows(), rows[chosen]))
+
+
+def _dataset(sources: Sequence[DataSource], parts: Sequence[_Part]) -> Dataset:
+    return Dataset(
+        samples=Mixture(parts, [item.weight for item in sources]),
+        report=DatasetReport.sum([part.report() for part in parts]),
+        digests={item.source: part.store.digest for item, part in zip(sources, parts, strict=True)},
+    )
+
+
+class _Part(SampleView):
+    """Some samples of a store; their rows are counted on from those of the sources before."""
+
+    def __init__(self, store: TokenStore, indices: np.ndarray, first_row: int) -> None:
+        self.store = store
+        self.indices = indices
+        self.first_row = first_row
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def get(self, index: int) -> Sample:
+        sample = self.store.get(int(self.indices[index]))
+        return replace(sample, sample_id=self.first_row + sample.sample_id)
+
+    def report(self) -> DatasetReport:
+        """Of the whole store, or of these samples' rows alone where others are left out."""
+        if len(self) == len(self.store):
+            return self.store.report
+        num_rows = len(np.unique(self.store.rows()[self.indices]))
+        return DatasetReport(num_rows, len(self), *self.store.count(self.indices), num_truncated=0, skipped={})
+
+
+def _open_store(name: str, config: DataConfig, tokenizer: Any) -> TokenStore:
+    source = open_source(name)
+    decides = {
+        "format": FORMAT,
+        "rows": source.fingerprint(),
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "chat_template": tokenizer.chat_template,
+        "max_length": config.max_length,
+        "long_samples": config.long_samples,
+        "loss_roles": sorted(config.loss_roles),
+        "loss_turns": config.loss_turns,
+        "teacher_context": config.teacher_context,
+    }
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
+    return open_or_write(
+        cache_folder(config), key, lambda writer: tokenize_rows(source.rows(), tokenizer, config, name, writer.add)
+    )
+
+
+def cache_folder(config: DataConfig) -> Path:
+    if config.cache_dir is not None:
+        return Path(config.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kdflow" / "tokens"
+
+
+def tokenize_rows(
+    rows: Iterable[Row], tokenizer: Any, config: DataConfig, source: str, add: Callable[[Sample], object]
+) -> DatasetReport:
+    """Tokenises rows and hands them to `add`, some at a time; those that cannot enter the loss are skipped and counted.
+
+    Raises:
+        DataError: there are no rows, or none can be used.
+    """
+    work = _Work(ChatTokenizer(tokenizer, loss_roles=config.loss_roles, loss_turns=config.loss_turns), config)
+    numbered = enumerate(rows)
+    while chunk := list(islice(numbered, _ROWS_AT_A_TIME)):
+        for sample in work.samples(chunk):
+            add(sample)
+    report = work.report()
+    if report.num_rows == 0:
+        raise DataError(f"data: {source} holds no rows")
+    if report.num_samples == 0:
+        raise DataError(f"data: {source}: no row can be used ({report})")
+    return report
+
+
+class _Work:
+    """Rows to samples, and what became of them."""
+
+    def __init__(self, chat: ChatTokenizer, config: DataConfig) -> None:
+        self._chat = chat
+        self._config = config
+        self._skipped: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+
+    def samples(self, chunk: Sequence[tuple[int, Row]]) -> Iterator[Sample]:
+        rendered = list(self._rendered(chunk))
+        # The student's text of each, then the teacher's of those that have one of their own.
+        chats = [student for _, student, _ in rendered] + [own for _, _, own in rendered if own is not None]
+        numbers = [number for number, _, _ in rendered] + [number for number, _, own in rendered if own is not None]
+        tokenized = self._chat.tokenize(chats, numbers) if chats else []
+        teachers = iter(tokenized[len(rendered) :])
+        for (_, _, own), student in zip(rendered, tokenized, strict=False):
+            teacher = None if own is None else next(teachers)
+            try:
+                whole = pair(student, teacher)
+                pieces = list(fit(whole, self._config.max_length, self._config.long_samples))
+            except DataError as error:
+                self._skipped[str(error)] += 1
+                continue
+            self._counts["truncated"] += whole.longest > self._config.max_length
+            for piece in pieces:
+                self._counts["samples"] += 1
+                self._counts["tokens"] += len(piece)
+                self._counts["loss_tokens"] += piece.num_loss_tokens
+                yield piece
+
+    def _rendered(self, chunk: Sequence[tuple[int, Row]]) -> Iterator[tuple[int, Chat, Chat | None]]:
+        for number, row in chunk:
+            self._counts["rows"] += 1
+            try:
+                told = read_row(row, self._config.teacher_context)
+                student = self._chat.render(told.messages, told.tools)
+                own = None
+                if told.teacher_messages is not None:
+                    own = self._chat.render(told.teacher_messages, told.tools)
+            except DataError as error:
+                self._skipped[str(error)] += 1
+                continue
+            yield number, student, own
+
+    def report(self) -> DatasetReport:
+        return DatasetReport(
+            num_rows=self._counts["rows"],
+            num_samples=self._counts["samples"],
+            num_tokens=self._counts["tokens"],
+            num_loss_tokens=self._counts["loss_tokens"],
+            num_truncated=self._counts["truncated"],
+            skipped=dict(self._skipped),
         )
-    chosen = set(order(len(train_rows))[: config.num_eval_samples].tolist())
-    held_rows = [row for i, row in enumerate(train_rows) if i in chosen]
-    kept_rows = [row for i, row in enumerate(train_rows) if i not in chosen]
-    held_out = tokenize_rows(held_rows, tokenizer, config, f"{config.train} (held out)")
-    return tokenize_rows(kept_rows, tokenizer, config, config.train), held_out
-
-
-def _messages(row: Row) -> list[dict[str, str]]:
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise DataError("no `messages` list")
-    for message in messages:
-        if not (isinstance(message, dict) and {"role", "content"} <= message.keys()):
-            raise DataError("a message without `role` and `content`")
-    return messages
-
-
-def _shorten(sample: Sample, config: DataConfig) -> Sample:
-    if config.long_samples == "skip":
-        raise DataError(f"longer than max_length {config.max_length}")
-    excess = len(sample) - config.max_length
-    # The prompt gives way from the left, down to the one token that predicts the answer's first.
-    start = min(excess, max(int(np.argmax(sample.loss_mask)) - 1, 0))
-    window = slice(start, start + config.max_length)
-    return Sample(sample.input_ids[window], sample.loss_mask[window], sample.sample_id)

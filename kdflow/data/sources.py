@@ -1,43 +1,98 @@
-"""Reads rows from files, folders, the hub, or a function of the user's own."""
+"""Reads rows from files, folders, the hub, or a function of the user's own, one after another."""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kdflow.errors import DataError
 
 Row = dict[str, Any]
+_FILES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that are read lazily, and how to tell whether they are still the same.
+
+    Attributes:
+        name: as the user gave it.
+        files: what the rows are read from; empty for a function, whose rows may come from anywhere.
+        rows: reads them, from the first one on.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    rows: Callable[[], Iterator[Row]]
+
+    def fingerprint(self) -> str:
+        """Changes with the rows: of files their paths, sizes and times, of a function the rows themselves."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            status = path.stat()
+            digest.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        if not self.files:
+            for row in self.rows():
+                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
 
 
 def load_rows(source: str) -> list[Row]:
-    """All rows of `source`.
-
-    Args:
-        source: A `.jsonl` or `.parquet` file, a folder written by `datasets` (`save_to_disk`),
-            `path/to/module.py:function` whose result is an iterable of rows, or a hub id
-            (optionally `id:split`; `train` otherwise).
+    """All rows of `source` at once.
 
     Raises:
-        DataError: a missing file or function, a line that is no JSON object, no rows at all.
+        DataError: as `open_source`; or there are no rows.
     """
-    path, _, name = source.partition(":")
-    if path.endswith(".py"):
-        rows = list(_from_function(Path(path), name))
-    elif path.endswith(".jsonl"):
-        rows = list(_from_jsonl(Path(source)))
-    elif path.endswith(".parquet"):
-        rows = _from_datasets(source, "parquet")
-    elif path.endswith((".json", ".csv", ".txt")):
-        raise DataError(f"data: {source}: expected .jsonl, .parquet, a folder, a hub id or x.py:f")
-    else:
-        rows = _from_datasets(source, "folder" if Path(source).is_dir() else "hub")
+    rows = list(open_source(source).rows())
     if not rows:
         raise DataError(f"data: {source} holds no rows")
     return rows
+
+
+def open_source(source: str) -> Source:
+    """
+    Args:
+        source: A `.jsonl`, `.jsonl.gz`, `.json` (lines, or one array, which is read whole) or `.parquet` file; a folder
+            of these, read in the order of their names; a folder written by `datasets` (`save_to_disk`);
+            `path/to/module.py:function` whose result is an iterable of rows; or a hub id (optionally `id:split`;
+            `train` otherwise).
+
+    Raises:
+        DataError: a missing file or function; later, from `rows`, a line that is no JSON object.
+    """
+    path, _, name = source.partition(":")
+    if path.endswith(".py"):
+        _existing(Path(path))
+        return Source(source, (), partial(_from_function, Path(path), name))
+    if Path(source).suffix in (".csv", ".txt", ".gz", ".zst", ".tsv", *_FILES):
+        return _of_files(source, [Path(source)])
+    if Path(source).is_dir():
+        files = sorted(item for item in Path(source).iterdir() if item.name.endswith(_FILES))
+        if Path(source, "state.json").exists() or Path(source, "dataset_dict.json").exists() or not files:
+            return _of_datasets(source, from_disk=True)
+        return _of_files(source, files)
+    return _of_datasets(source, from_disk=False)
+
+
+def _of_files(source: str, files: Sequence[Path]) -> Source:
+    for path in files:
+        if not path.name.endswith(_FILES):
+            raise DataError(f"data: {path}: expected {', '.join(_FILES)}, a folder, a hub id or x.py:f")
+        _existing(path)
+
+    def rows() -> Iterator[Row]:
+        for path in files:
+            yield from _from_parquet(path) if path.suffix == ".parquet" else _from_json(path)
+
+    return Source(source, tuple(files), rows)
 
 
 def _existing(path: Path) -> Path:
@@ -46,22 +101,51 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _from_jsonl(path: Path) -> Iterator[Row]:
-    with _existing(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"data: {path}:{number}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"data: {path}:{number}: expected an object, got {line.strip()[:60]}")
-            yield row
+def _from_json(path: Path) -> Iterator[Row]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as text:
+            if path.suffix == ".json" and text.read(1) == "[":
+                text.seek(0)
+                yield from (_object(row, f"{path}: row {number}") for number, row in enumerate(json.load(text), 1))
+                return
+            text.seek(0)
+            for number, line in enumerate(text, 1):
+                if line.strip():
+                    try:
+                        yield _object(json.loads(line), f"{path}:{number}")
+                    except json.JSONDecodeError as error:
+                        raise DataError(f"data: {path}:{number}: not JSON: {error}") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"data: {path}: not JSON: {error}") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"data: {path}: not a whole gzip file: {error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"data: {path}: not UTF-8: {error}") from None
+
+
+def _object(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"data: {where}: expected an object, got {str(row)[:60]}")
+    return row
+
+
+def _from_parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DataError(f"data: {path} needs the package pyarrow: pip install datasets") from None
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise DataError(f"data: {path}: not a whole Parquet file: {error}") from None
 
 
 def _from_function(path: Path, name: str) -> Iterator[Row]:
-    spec = importlib.util.spec_from_file_location(path.stem, _existing(path))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -69,24 +153,28 @@ def _from_function(path: Path, name: str) -> Iterator[Row]:
     if not name or not callable(vars(module).get(name)):
         functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise DataError(f"data: {path}: no function {name!r} (it has: {', '.join(functions)})")
-    yield from vars(module)[name]()
+    for number, row in enumerate(vars(module)[name](), 1):
+        yield _object(row, f"{path}:{name}: row {number}")
 
 
-def _from_datasets(source: str, kind: str) -> list[Row]:
+def _of_datasets(source: str, *, from_disk: bool) -> Source:
+    """`datasets` maps its Arrow files into memory, so rows are read lazily from them too."""
     try:
         import datasets
     except ImportError:
         raise DataError(f"data: {source} needs the package datasets: pip install datasets") from None
-    if kind == "parquet":
-        data = datasets.Dataset.from_parquet(str(_existing(Path(source))))
-    elif kind == "folder":
-        data = datasets.load_from_disk(source)
-        if isinstance(data, datasets.DatasetDict):
-            raise DataError(f"data: {source} holds splits {sorted(data)}: give one of their folders")
-    else:
-        repo, _, split = source.partition(":")
-        try:
+    try:
+        if from_disk:
+            data = datasets.load_from_disk(source)
+        else:
+            repo, _, split = source.partition(":")
             data = datasets.load_dataset(repo, split=split or "train")
-        except (OSError, ValueError) as error:
-            raise DataError(f"data: {source} is no file, no folder and no hub id: {error}") from None
-    return [dict(row) for row in data]
+    except (OSError, ValueError) as error:
+        kinds = (
+            f"holds no {', '.join(_FILES)} and was not written by datasets" if from_disk else "is no file, no folder"
+        )
+        raise DataError(f"data: {source} {kinds}{'' if from_disk else ' and no hub id'}: {error}") from None
+    if isinstance(data, datasets.DatasetDict):
+        raise DataError(f"data: {source} holds splits {sorted(data)}: give one of their folders")
+    files = tuple(Path(item["filename"]) for item in data.cache_files)
+    return Source(source, files, lambda: (dict(row) for row in data))

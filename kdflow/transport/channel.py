@@ -165,7 +165,7 @@ class HiddenStatesClient:
 
     def _request(self, microbatch: Microbatch) -> PendingRows:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-        request = PrefillRequest(self._rank, ticket, microbatch)
+        request = PrefillRequest(self._rank, ticket, microbatch.for_teacher())
         self._requests.send(request.encode(), timeout_s=self._timeout_s)
         return PendingRows(microbatch, lambda: self._receive(request))
 

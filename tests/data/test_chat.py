@@ -3,9 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kdflow.config import DataConfig
 from kdflow.data import ChatTokenizer
-from kdflow.data.dataset import tokenize_rows
 from kdflow.errors import DataError
 from support.tiny import make_tokenizer
 
@@ -47,7 +45,7 @@ def test_the_row_before_the_answer_predicts_its_first_token(tokenizer) -> None:
 
 
 def test_no_assistant_turn(tokenizer) -> None:
-    with pytest.raises(DataError, match="no assistant turn"):
+    with pytest.raises(DataError, match=r"no assistant turn \(it has system, user\)"):
         ChatTokenizer(tokenizer).encode(TURNS[:2], 0)
 
 
@@ -65,49 +63,77 @@ def test_no_template(tokenizer) -> None:
         ChatTokenizer(tokenizer)
 
 
-def config(**options) -> DataConfig:
-    return DataConfig(train="x", **options)
-
-
-def long_row(question: str = "why " * 40, answer: str = "because") -> dict:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
-def test_long_prompt_is_cut_from_the_left(tokenizer) -> None:
-    data = tokenize_rows([long_row()], tokenizer, config(max_length=40), "x")
-    (sample,) = data.samples
-    assert len(sample) == 40
-    assert said(sample, tokenizer) == "because<|im_end|>"
-    assert data.report.num_truncated == 1
-
-
-def test_long_answer_keeps_its_beginning(tokenizer) -> None:
-    answer = "because of this " * 20
-    (sample,) = tokenize_rows([long_row("why?", answer)], tokenizer, config(max_length=30), "x").samples
-    assert len(sample) == 30
-    assert answer.startswith(said(sample, tokenizer))
-    assert sample.num_loss_tokens == 29
-
-
-def test_long_samples_skipped_and_counted(tokenizer) -> None:
-    rows = [long_row(), long_row("short?"), {"messages": []}, {"text": "no chat"}, {"messages": TURNS[:2]}]
-    report = tokenize_rows(rows, tokenizer, config(max_length=40, long_samples="skip"), "x").report
-    assert (report.num_rows, report.num_samples) == (5, 1)
-    assert report.skipped == {
-        "longer than max_length 40": 1,
-        "no `messages` list": 2,
-        "no assistant turn": 1,
-    }
-    assert "1 skipped: no assistant turn" in str(report)
-
-
-def test_no_usable_row(tokenizer) -> None:
-    with pytest.raises(DataError, match=r"x: no row can be used .*2 skipped: no assistant turn"):
-        tokenize_rows([{"messages": TURNS[:1]}] * 2, tokenizer, config(), "x")
-
-
 def test_shift_labels_are_int64(tokenizer) -> None:
     from kdflow.types import Microbatch
 
     sample = ChatTokenizer(tokenizer).encode(TURNS, 0)
     assert Microbatch.pack([sample]).shift_labels().dtype == np.int64
+
+
+def test_the_last_turn_alone(tokenizer) -> None:
+    sample = ChatTokenizer(tokenizer, loss_turns="last").encode(TURNS, 0)
+    assert said(sample, tokenizer) == "Second answer.<|im_end|>"
+
+
+def test_other_roles_enter_the_loss_without_their_headers(tokenizer) -> None:
+    chat = ChatTokenizer(tokenizer, loss_roles=["user", "system"])
+    assert said(chat.encode(TURNS, 0), tokenizer) == "Be brief.<|im_end|>One?<|im_end|>Two?<|im_end|>"
+    both = ChatTokenizer(tokenizer, loss_roles=["user", "assistant"], loss_turns="last")
+    assert said(both.encode(TURNS, 0), tokenizer) == "Second answer.<|im_end|>"
+    assert said(both.encode(TURNS[:4], 0), tokenizer) == "Two?<|im_end|>"
+
+
+def test_role_that_no_row_has(tokenizer) -> None:
+    with pytest.raises(DataError, match=r"no asistant turn \(it has assistant, system, user\)"):
+        ChatTokenizer(tokenizer, loss_roles=["asistant"]).encode(TURNS, 0)
+
+
+def test_the_last_turn_survives_a_template_that_rewrites_earlier_ones() -> None:
+    tokenizer = make_tokenizer("First Second answer " * 20)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}[...]{% else %}"
+        "{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"rewrites earlier turns.*loss_turns=last"):
+        ChatTokenizer(tokenizer).encode(TURNS, 0)
+    sample = ChatTokenizer(tokenizer, loss_turns="last").encode(TURNS, 0)
+    assert said(sample, tokenizer) == "Second answer."
+
+
+TOOLS = [{"type": "function", "function": {"name": "clock", "description": "The time.", "parameters": {}}}]
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+WITH_TOOLS = [
+    {"role": "user", "content": "When?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "12:00"},
+    {"role": "assistant", "content": "Noon."},
+]
+TOOL_TEMPLATE = (
+    "{% for t in tools or [] %}<tool>{{ t.function.name }}</tool>{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_tool_calls_are_as_the_template_has_them() -> None:
+    tokenizer = make_tokenizer("clock zone UTC Noon When tool call " * 20)
+    tokenizer.chat_template = TOOL_TEMPLATE
+    chat = ChatTokenizer(tokenizer)
+    (sample,) = chat.tokenize([chat.render(WITH_TOOLS, TOOLS)], [0])
+    assert said(sample, tokenizer) == '<call>clock {"zone": "UTC"}</call><|im_end|>Noon.<|im_end|>'
+    assert "<tool>clock</tool><|im_start|>user" in tokenizer.decode(sample.input_ids)
+
+
+def test_roles_that_the_template_does_not_know(tokenizer) -> None:
+    strict = make_tokenizer("abc " * 20)
+    strict.chat_template = (
+        "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(DataError, match="leaves out what role 'narrator' says"):
+        ChatTokenizer(strict).encode([{"role": "narrator", "content": "Once."}, *TURNS[1:3]], 0)
+    strict.chat_template = "{{ raise_exception('only user and assistant') }}"
+    with pytest.raises(DataError, match="refuses the messages: only user and assistant"):
+        ChatTokenizer(strict).encode(TURNS, 0)
+    narrated = ChatTokenizer(tokenizer).encode([{"role": "narrator", "content": "Once."}, *TURNS[1:3]], 0)
+    assert "narrator\nOnce." in tokenizer.decode(narrated.input_ids)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 
 from kdflow.data import load_rows
+from kdflow.data.sources import open_source
 from kdflow.errors import DataError
 
 ROWS = [{"messages": [{"role": "user", "content": "ü"}]}, {"messages": []}]
@@ -16,6 +18,26 @@ def test_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n\n".join(json.dumps(r) for r in ROWS) + "\n", encoding="utf-8")
     assert load_rows(str(path)) == ROWS
+
+
+def test_compressed_lines_and_arrays(tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps(r) for r in ROWS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "b.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
+    (tmp_path / "c.json").write_text(lines, encoding="utf-8")
+    (tmp_path / "README.md").touch()
+    for name in ("a.jsonl.gz", "b.json", "c.json"):
+        assert load_rows(f"{tmp_path}/{name}") == ROWS
+    assert load_rows(str(tmp_path)) == 3 * ROWS
+
+
+def test_rows_are_read_one_after_another(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n{bad\n", encoding="utf-8")
+    rows = open_source(str(path)).rows()
+    assert next(rows) == ROWS[0]
+    with pytest.raises(DataError, match=":2: not JSON"):
+        next(rows)
 
 
 def test_python_function() -> None:
@@ -43,6 +65,11 @@ def test_parquet_and_folder(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": 1}\n{bad\n', ":2: not JSON"),
         ("a.jsonl", "[1]\n", ":1: expected an object"),
         ("a.txt", "x", "expected .jsonl"),
+        ("a.json", "[{]", "not JSON"),
+        ("a.json", "[1]", "row 1: expected an object"),
+        ("a.jsonl.gz", "x", "not a whole gzip file"),
+        ("a.parquet", "x", "not a whole Parquet file"),
+        ("a.jsonl", "\udcff", "not UTF-8"),
         ("a.py:rows", "def other():\n    return []\n", r"no function 'rows' \(it has: other\)"),
         ("a.py:rows", "def rows():\n    return []\n", "holds no rows"),
         ("b.py:rows", None, "no file"),
@@ -50,6 +77,6 @@ def test_parquet_and_folder(tmp_path: Path) -> None:
 )
 def test_bad_sources(tmp_path: Path, name: str, text: str | None, message: str) -> None:
     if text is not None:
-        (tmp_path / name.partition(":")[0]).write_text(text, encoding="utf-8")
+        (tmp_path / name.partition(":")[0]).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=message):
         load_rows(f"{tmp_path}/{name}")

@@ -53,7 +53,7 @@ def test_refused(run_config, options: dict, error: type[Exception], message: str
 def test_rows_without_assistant_turns(run_config, tmp_path: Path) -> None:
     some = jsonl(tmp_path / "some.jsonl", [QUESTION, ANSWERED, ANSWERED, QUESTION])
     prepared = prepare(run_config(data__train=some, data__eval=some, data__num_eval_samples=2))
-    assert prepared.train.report.skipped == {"no assistant turn": 2}
+    assert prepared.train.report.skipped == {"no assistant turn (it has user)": 2}
     none = jsonl(tmp_path / "none.jsonl", [QUESTION] * 3)
     with pytest.raises(DataError, match="3 skipped: no assistant turn"):
         prepare(run_config(data__train=none, data__num_eval_samples=0))

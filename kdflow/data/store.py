@@ -1,0 +1,159 @@
+"""Tokenised samples on disk, mapped into memory: any of them is read at once, and none is kept.
+
+A store is a folder of flat arrays that is written once and then only read, by all ranks of a node and by later runs:
+
+    input_ids.bin, loss_mask.bin                     int32 and bool, the samples one after another
+    teacher_input_ids.bin, teacher_loss_mask.bin     the same of what the teacher alone reads; most often empty
+    index.bin                                        (num_samples, 4) int64: ends of both sides, row, loss tokens
+    report.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar, overload
+
+import numpy as np
+
+from kdflow.data.report import DatasetReport
+from kdflow.errors import DataError
+from kdflow.types import Sample
+
+FORMAT = 1
+_SIDES = ("", "teacher_")
+T = TypeVar("T")
+
+
+class SampleView(Sequence[Sample]):
+    """A sequence that is told one sample at a time."""
+
+    def get(self, index: int) -> Sample:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self.get(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self.get(index % len(self))
+
+
+class StoreWriter:
+    """Writes a store sample by sample, without holding any."""
+
+    def __init__(self, folder: Path) -> None:
+        self._stack = ExitStack()
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._ends = [0, 0]
+        names = [f"{side}{array}.bin" for side in _SIDES for array in ("input_ids", "loss_mask")]
+        *self._files, self._index = (
+            self._stack.enter_context((folder / name).open("wb")) for name in (*names, "index.bin")
+        )
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def add(self, sample: Sample) -> None:
+        for side, part in enumerate((sample, sample.teacher)):
+            if part is not None:
+                self._put(2 * side, part.input_ids.astype(np.int32))
+                self._put(2 * side + 1, part.loss_mask.astype(bool))
+                self._ends[side] += len(part)
+        entry = np.array([*self._ends, sample.sample_id, sample.num_loss_tokens], np.int64).tobytes()
+        self._digest.update(entry)
+        self._index.write(entry)
+
+    def _put(self, number: int, values: np.ndarray) -> None:
+        self._digest.update(values.tobytes())
+        self._files[number].write(values.tobytes())
+
+    def digest(self) -> str:
+        """Of all that was written."""
+        return self._digest.hexdigest()
+
+
+class TokenStore(SampleView):
+    """The samples of a folder that a StoreWriter filled."""
+
+    def __init__(self, folder: Path) -> None:
+        values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        self.digest: str = values.pop("digest")
+        self.report = DatasetReport(**values)
+        self._index = _mapped(folder / "index.bin", np.int64).reshape(-1, 4)
+        self._sides = [
+            (_mapped(folder / f"{side}input_ids.bin", np.int32), _mapped(folder / f"{side}loss_mask.bin", np.bool_))
+            for side in _SIDES
+        ]
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def rows(self) -> np.ndarray:
+        """(num_samples,) the row of each sample."""
+        return self._index[:, 2]
+
+    def count(self, indices: np.ndarray) -> tuple[int, int]:
+        """Tokens of some samples, and how many of them are in the loss."""
+        lengths = np.diff(self._index[:, 0], prepend=0)
+        return int(lengths[indices].sum()), int(self._index[indices, 3].sum())
+
+    def get(self, index: int) -> Sample:
+        *ends, row, _ = self._index[index].tolist()
+        begins = self._index[index - 1].tolist()[:2] if index else (0, 0)
+        student, teacher = (
+            Sample(ids[begin:end], mask[begin:end], row) if end > begin else None
+            for (ids, mask), begin, end in zip(self._sides, begins, ends, strict=True)
+        )
+        assert student is not None
+        return student if teacher is None else Sample(student.input_ids, student.loss_mask, row, teacher)
+
+
+def _mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
+    if path.stat().st_size == 0:  # nothing cannot be mapped
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r").view(np.ndarray)
+
+
+def open_or_write(cache: Path, key: str, write: Callable[[StoreWriter], DatasetReport]) -> TokenStore:
+    """The store of this key, written first if it is not there.
+
+    It appears under its name when it is whole; of two processes that write it at the same time the second finds that
+    of the first.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    folder = cache / key
+    if not folder.exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=cache))
+        except OSError as error:
+            raise DataError(f"data.cache_dir: {cache} cannot be written: {error}; choose another folder") from None
+        try:
+            with StoreWriter(draft) as writer:
+                report = write(writer)
+            values = {**asdict(report), "digest": writer.digest()}
+            (draft / "report.json").write_text(json.dumps(values), encoding="utf-8")
+            os.rename(draft, folder)
+        except OSError as error:
+            if not folder.exists():
+                raise DataError(f"data.cache_dir: writing {folder} failed: {error}") from None
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    return TokenStore(folder)

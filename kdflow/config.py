@@ -298,6 +298,7 @@ class RunConfig:
             _check(name, value := _get(self, name), 0 < value < math.inf, "more than 0")
         ratio = self.optimizer.min_lr_ratio
         _check("optimizer.min_lr_ratio", ratio, 0 <= ratio <= 1, "between 0 and 1")
+        _check_data(self.data)
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: give one of them")
 
@@ -310,23 +311,10 @@ def _get(config: RunConfig, dotted: str) -> Any:
 
 
 def _check(name: str, value: object, ok: bool, expected: str) -> None:
-        _check_data(self.data)
     if not ok:
         raise ConfigError(f"{name}: expected {expected}, got {value}")
 
 
-def option_names(cls: type = RunConfig, prefix: str = "") -> list[str]:
-    """Every dotted option of a config class."""
-    names: list[str] = []
-    hints = get_type_hints(cls)
-    for item in fields(cls):
-        names.append(prefix + item.name)
-        if is_dataclass(kind := hints[item.name]) and isinstance(kind, type):
-            names += option_names(kind, f"{prefix}{item.name}.")
-    return names
-
-
-def config_parser(prog: str = "kdflow train") -> Any:
 def _check_data(data: DataConfig) -> None:
     sources = data.train_sources()
     if not sources or any(not item.source or item.source.startswith(("[", "{")) for item in sources):
@@ -344,6 +332,18 @@ def _check_data(data: DataConfig) -> None:
         )
 
 
+def option_names(cls: type = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted option of a config class."""
+    names: list[str] = []
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        names.append(prefix + item.name)
+        if is_dataclass(kind := hints[item.name]) and isinstance(kind, type):
+            names += option_names(kind, f"{prefix}{item.name}.")
+    return names
+
+
+def config_parser(prog: str = "kdflow train") -> Any:
     """A jsonargparse parser of `--config FILE` and every option of RunConfig."""
     from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
 

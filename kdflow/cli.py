@@ -16,6 +16,7 @@ usage: kdflow COMMAND ...
 commands:
   train RUN.yaml [--OPTION.NAME=VALUE ...]   distil a student from a teacher
   plan RUN.yaml --rates GPU|FILE             memory, time, bottleneck and hours of a run, on paper
+  export RUN [--checkpoint step-N|best]      write a checkpoint of a run as a Hugging Face model
   prune MODEL --num_layers N --output DIR    cut a model to fewer layers: a student to start from
   bench SUITE [--OPTION VALUE ...]           measure a checkout beside its peers and the hardware
 
@@ -44,6 +45,31 @@ def _plan(arguments: Sequence[str]) -> int:
     from kdflow.plan.command import main
 
     return main(arguments)
+
+
+def _export(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="kdflow export",
+        description="Writes a checkpoint as a Hugging Face folder: safetensors in bfloat16, config, generation config, "
+        "tokenizer and chat template. Trains nothing and needs no GPU.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run (its output_dir)")
+    parser.add_argument("--checkpoint", help="step-N, or best (default: the newest)")
+    parser.add_argument("--output", help="folder to write (default: RUN/exports/step-N)")
+    options = parser.parse_args(arguments)
+    from kdflow.config import load_config
+    from kdflow.launcher.prepare import CONFIG_FILE
+    from kdflow.modeling import hide_progress_bars
+    from kdflow.student import CheckpointFolder, export_checkpoint
+
+    hide_progress_bars()
+    run = Path(options.run)
+    config = load_config(run / CONFIG_FILE)
+    checkpoint = CheckpointFolder(run / "checkpoints").find(options.checkpoint)
+    output = Path(options.output) if options.output else run / "exports" / checkpoint.path.name
+    export_checkpoint(checkpoint.path, config.student.model, output)
+    print(f"{output}: step {checkpoint.info.num_steps_done} of {run}")
+    return 0
 
 
 def _prune(arguments: Sequence[str]) -> int:
@@ -81,7 +107,7 @@ def _bench(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
-COMMANDS = {"train": _train, "plan": _plan, "prune": _prune, "bench": _bench}
+COMMANDS = {"train": _train, "plan": _plan, "export": _export, "prune": _prune, "bench": _bench}
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ class TeacherConfig:
     """The model whose last hidden states are handed over.
 
     Args:
-        model: Local folder or hub id.
+        model: Local folder or hub id; algorithms that learn from text alone (sft) need none.
         backend: Engine that prefills: a registered name.
         dtype: Of weights and hidden states; auto is bfloat16 where the device computes in it, else float32.
         device: Where the teacher runs; auto takes a GPU if there is one.
@@ -38,7 +38,7 @@ class TeacherConfig:
             alone.
     """
 
-    model: str
+    model: str = ""
     backend: str = "hf"
     dtype: Dtype = "auto"
     device: Device = "auto"
@@ -180,7 +180,13 @@ class TrainingConfig:
         samples_per_step: Samples of one optimizer step, over all ranks.
         tokens_per_microbatch: Most tokens that one rank takes at a time; at least data.max_length.
         eval_every: Steps between evaluations; 0 evaluates before the first and after the last step alone.
-        save_every: Steps between checkpoints; 0 saves after the last step alone.
+        save_every: Steps between checkpoints; 0 saves after the last step alone. Training goes on while one is written;
+            one that cannot be written is told of and the earlier ones stay, but the last must be (docs/checkpoints.md).
+        keep_last: Newest checkpoints that are kept; an older one goes once the next is whole.
+        keep_best: Save after each evaluation that is the best so far, and keep that checkpoint, too; the best has the
+            lowest KL with the teacher, or without a teacher the lowest cross-entropy.
+        max_skipped_steps: How many steps of the run may have a loss or gradient that is not finite. Such a step moves
+            neither weights nor optimizer; the next one beyond stops the run with the ids of its samples.
         log_every: Steps between lines of metrics.
     """
 
@@ -189,6 +195,9 @@ class TrainingConfig:
     tokens_per_microbatch: int = 2048
     eval_every: int = 0
     save_every: int = 0
+    keep_last: int = 1
+    keep_best: bool = False
+    max_skipped_steps: int = 3
     log_every: int = 1
 
 
@@ -248,9 +257,9 @@ class RunConfig:
     """
 
     output_dir: str
-    teacher: TeacherConfig
     student: StudentConfig
     data: DataConfig
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -276,6 +285,8 @@ class RunConfig:
             "training.tokens_per_microbatch": self.data.max_length,
             "training.eval_every": 0,
             "training.save_every": 0,
+            "training.keep_last": 1,
+            "training.max_skipped_steps": 0,
             "training.log_every": 1,
             "transport.num_slots": 1,
             "profile.num_steps": 0,

@@ -61,7 +61,7 @@ def test_bad_options(options: list[str], message: str) -> None:
         ("techer: {model: t}\n", 'did you mean "teacher"'),
         ("- a\n", "expected options by name, got list"),
         ("teacher: {model: [\n", "not valid YAML"),
-        ("output_dir: o\n", "required: teacher.model, student.model, data.train"),
+        ("output_dir: o\n", "required: student.model, data.train"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:

@@ -90,8 +90,7 @@ def kdflow(params: Params) -> Trial:
         _Stored(rows),
         device=device,
         observers=[losses],
-        save=lambda done: None,
-        save_every=0,
+        checkpoints=_NoCheckpoints(),
         stop_requested=lambda: False,
         trace=OFF,
     )
@@ -116,6 +115,23 @@ class _Losses:
         self.found.append(metrics.loss)
 
     def on_eval(self, metrics: EvalMetrics) -> None:
+        pass
+
+    def on_warning(self, text: str) -> None:
+        raise AssertionError(text)
+
+
+class _NoCheckpoints:
+    def save(self, num_steps_done: int, *, num_skipped: int, score: float | None) -> None:
+        pass
+
+    def is_best(self, score: float) -> bool:
+        return False
+
+    def poll(self) -> str | None:
+        return None
+
+    def wait(self) -> None:
         pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -30,9 +30,16 @@ class ModelInfo:
 
 
 class Algorithm(Protocol):
-    """Turns the hidden states of both sides into a loss."""
+    """Turns the hidden states of both sides into a loss.
 
-    def __init__(self, config: AlgorithmConfig, *, student: ModelInfo, teacher: ModelInfo) -> None:
+    Attributes:
+        uses_teacher: whether it needs a teacher's hidden states. Without, `teacher` is None in the constructor, no
+            teacher is started, and the teacher's rows in `loss` and `evaluate` have no columns.
+    """
+
+    uses_teacher: ClassVar[bool]
+
+    def __init__(self, config: AlgorithmConfig, *, student: ModelInfo, teacher: ModelInfo | None) -> None:
         """Checks that the pair fits the algorithm.
 
         Raises:
@@ -64,8 +71,10 @@ class Algorithm(Protocol):
         *,
         num_items: float,
     ) -> KDLossOutput:
-        """KL(teacher || student) in `kd_loss` and cross-entropy in `ce_loss`, whatever is trained."""
+        """KL(teacher || student) in `kd_loss` (NaN without a teacher) and cross-entropy in `ce_loss`."""
         ...
 
 
-ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm", {"vanilla": "kdflow.algorithms.vanilla"})
+ALGORITHMS: Registry[type[Algorithm]] = Registry(
+    "algorithm", {"sft": "kdflow.algorithms.sft", "vanilla": "kdflow.algorithms.vanilla"}
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,7 +18,10 @@ from kdflow_kernels import ForwardKL, KDLossOutput, fused_kd_loss, get_divergenc
 class Vanilla:
     """kd_weight * divergence(teacher, student) + ce_weight * cross-entropy, averaged over tokens."""
 
-    def __init__(self, config: AlgorithmConfig, *, student: ModelInfo, teacher: ModelInfo) -> None:
+    uses_teacher: ClassVar[bool] = True
+
+    def __init__(self, config: AlgorithmConfig, *, student: ModelInfo, teacher: ModelInfo | None) -> None:
+        assert teacher is not None
         self._config = config
         try:
             self._divergence = get_divergence(config.divergence, **config.divergence_args)

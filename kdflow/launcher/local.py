@@ -10,8 +10,8 @@ from pathlib import Path
 
 from kdflow.config import RunConfig
 from kdflow.errors import TransportError
-from kdflow.launcher.prepare import open_output, prepare
-from kdflow.launcher.rank import RankSpec, run_rank
+from kdflow.launcher.prepare import Prepared, open_output, prepare
+from kdflow.launcher.rank import RankSpec, Rings, run_rank
 from kdflow.launcher.teachers import TeacherProcess, check_teachers
 from kdflow.modeling import hide_progress_bars, resolve_device
 from kdflow.teacher.worker import WorkerSpec
@@ -36,57 +36,20 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
     if prepared.held_out is not None:
         say(f"held out: {prepared.held_out.report}")
     teacher_threads, student_threads = share_threads(config)
-    num_ranks, transport = config.student.num_ranks, config.transport
-    choice = choose_hidden_ring(transport, gpu_pairs(config))
-    if choice.kind != "host":
-        say(f"ring: {choice.kind} slots ({choice.reason})")
     with ExitStack() as stack:
         # Entered first: the processes have ended when it merges what they wrote.
-        stack.enter_context(merged_timeline(config.profile, folder / FOLDER, transport.num_slots))
-        requests = stack.enter_context(
-            RequestRing.create(
-                name="requests",
-                num_slots=num_ranks * transport.num_slots,
-                slot_bytes=request_bytes(config.training.tokens_per_microbatch),
-            )
-        )
-        hidden = [
-            stack.enter_context(
-                create_hidden_ring(choice, transport, name=f"hidden[{rank}]", slot_bytes=prepared.slot_bytes)
-            )
-            for rank in range(num_ranks)
-        ]
-        handles = [ring.handle for ring in hidden]
-        teachers = [
-            stack.enter_context(
-                TeacherProcess(
-                    WorkerSpec(
-                        teacher=config.teacher,
-                        profile=config.profile,
-                        folder=str(folder),
-                        index=worker,
-                        gpu=teacher_gpu(config, worker),
-                        num_threads=teacher_threads,
-                        requests=requests.handle,
-                        hidden=handles,
-                        placement=choice.kind,
-                        timeout_s=transport.timeout_s,
-                        ready_fd=-1,
-                    ),
-                    folder / "logs" / f"teacher-{worker}.log",
-                    say,
-                )
-            )
-            for worker in range(config.teacher.num_workers)
-        ]
+        stack.enter_context(merged_timeline(config.profile, folder / FOLDER, config.transport.num_slots))
+        rings, teachers = None, []
+        if prepared.algorithm.uses_teacher:
+            rings, teachers = _start_teachers(prepared, folder, teacher_threads, say, stack)
 
         def wait_for_teachers() -> None:
             for teacher in teachers:
-                teacher.wait_ready(transport.start_timeout_s)
+                teacher.wait_ready(config.transport.start_timeout_s)
 
-        spec = RankSpec(config, str(folder), student_threads, requests.handle, handles, choice.kind)
+        spec = RankSpec(config, str(folder), student_threads, rings)
         try:
-            if num_ranks == 1:  # both sides load at the same time
+            if config.student.num_ranks == 1:  # both sides load at the same time
                 finished = run_rank(spec, prepared, before_training=wait_for_teachers)
             else:
                 wait_for_teachers()
@@ -96,6 +59,54 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
             raise
     say(f"model: {folder / 'model'}" if finished else _how_to_go_on(folder))
     return finished
+
+
+def _start_teachers(
+    prepared: Prepared, folder: Path, num_threads: int, say: Callable[[str], None], stack: ExitStack
+) -> tuple[Rings, list[TeacherProcess]]:
+    """The rings and the teachers' processes, which `stack` ends."""
+    config = prepared.config
+    num_ranks, transport = config.student.num_ranks, config.transport
+    choice = choose_hidden_ring(transport, gpu_pairs(config))
+    if choice.kind != "host":
+        say(f"ring: {choice.kind} slots ({choice.reason})")
+    requests = stack.enter_context(
+        RequestRing.create(
+            name="requests",
+            num_slots=num_ranks * transport.num_slots,
+            slot_bytes=request_bytes(config.training.tokens_per_microbatch),
+        )
+    )
+    hidden = [
+        stack.enter_context(
+            create_hidden_ring(choice, transport, name=f"hidden[{rank}]", slot_bytes=prepared.slot_bytes)
+        )
+        for rank in range(num_ranks)
+    ]
+    rings = Rings(requests.handle, [ring.handle for ring in hidden], choice.kind)
+    teachers = [
+        stack.enter_context(
+            TeacherProcess(
+                WorkerSpec(
+                    teacher=config.teacher,
+                    profile=config.profile,
+                    folder=str(folder),
+                    index=worker,
+                    gpu=teacher_gpu(config, worker),
+                    num_threads=num_threads,
+                    requests=rings.requests,
+                    hidden=rings.hidden,
+                    placement=rings.placement,
+                    timeout_s=transport.timeout_s,
+                    ready_fd=-1,
+                ),
+                folder / "logs" / f"teacher-{worker}.log",
+                say,
+            )
+        )
+        for worker in range(config.teacher.num_workers)
+    ]
+    return rings, teachers
 
 
 def _run_ranks(spec: RankSpec) -> bool:

@@ -17,7 +17,7 @@ from kdflow.tracing import FOLDER
 
 CONFIG_FILE = "config.yaml"
 # What a run writes into its folder, and so what `overwrite` may delete.
-RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "logs", "model", FOLDER)
+RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "logs", "model", "exports", FOLDER)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Prepared:
         algorithm: fits the pair of models.
         tokenizer: the student's.
         train, held_out: tokenised.
-        slot_bytes: room for the hidden states of the largest microbatch.
+        slot_bytes: room for the hidden states of the largest microbatch; 0 where no teacher is used.
     """
 
     config: RunConfig
@@ -47,21 +47,29 @@ def prepare(config: RunConfig) -> Prepared:
     """
     TEACHERS.get(config.teacher.backend)
     make_algorithm = ALGORITHMS.get(config.algorithm.name)
+    if make_algorithm.uses_teacher and not config.teacher.model:
+        raise ConfigError(
+            f"teacher.model: algorithm {config.algorithm.name} learns from a teacher, and none is given; name its "
+            "folder or hub id (algorithm sft learns from text alone)"
+        )
     student_tokenizer, student = _model_info(config.student.model)
-    _, teacher = _model_info(config.teacher.model)
+    teacher = _model_info(config.teacher.model)[1] if make_algorithm.uses_teacher else None
     algorithm = make_algorithm(config.algorithm, student=student, teacher=teacher)
     train, held_out = load_datasets(config.data, student_tokenizer, config.seed)
-    teacher_text = load_model_config(config.teacher.model).get_text_config()
-    dtype = resolve_dtype(config.teacher.dtype, resolve_device(config.teacher.device))
-    rows = config.training.tokens_per_microbatch
     return Prepared(
         config=config,
         algorithm=algorithm,
         tokenizer=student_tokenizer,
         train=train,
         held_out=held_out,
-        slot_bytes=rows * teacher_text.hidden_size * dtype.itemsize,
+        slot_bytes=_slot_bytes(config) if make_algorithm.uses_teacher else 0,
     )
+
+
+def _slot_bytes(config: RunConfig) -> int:
+    text_config = load_model_config(config.teacher.model).get_text_config()
+    dtype = resolve_dtype(config.teacher.dtype, resolve_device(config.teacher.device))
+    return config.training.tokens_per_microbatch * text_config.hidden_size * dtype.itemsize
 
 
 def _model_info(model: str) -> tuple[Any, ModelInfo]:

@@ -19,10 +19,26 @@ from kdflow.config import RunConfig
 from kdflow.launcher.prepare import Prepared, prepare
 from kdflow.modeling import hide_progress_bars, load_lm_head, resolve_device, resolve_dtype
 from kdflow.observe import Progress, Recorder
-from kdflow.student import CheckpointStore, FSDP2Student, export_model
+from kdflow.student import CheckpointStore, FSDP2Student, export_model, seed_random_state
 from kdflow.tracing import open_trace
-from kdflow.training import Observer, Trainer, plan
+from kdflow.training import NoTeacher, Observer, Trainer, plan
 from kdflow.transport import HiddenStatesClient, RequestRing, attach_hidden_ring
+from kdflow.types import LMHead
+
+
+@dataclass(frozen=True)
+class Rings:
+    """The way to the teachers.
+
+    Attributes:
+        requests: handle of the request ring.
+        hidden: handles of the data rings, by rank.
+        placement: where their slots lie.
+    """
+
+    requests: str
+    hidden: list[str]
+    placement: str
 
 
 @dataclass(frozen=True)
@@ -32,17 +48,13 @@ class RankSpec:
     Attributes:
         folder: of the run.
         num_threads: CPU threads of each rank.
-        requests: handle of the request ring.
-        hidden: handles of the data rings, by rank.
-        placement: where their slots lie.
+        rings: none where the algorithm uses no teacher.
     """
 
     config: RunConfig
     folder: str
     num_threads: int
-    requests: str
-    hidden: list[str]
-    placement: str
+    rings: Rings | None
 
 
 class StopRequest:
@@ -108,10 +120,18 @@ def run_rank(
         rank = stack.enter_context(process_group(device, config.transport.timeout_s))
         num_ranks = dist.get_world_size()
         student = _load_student(prepared, device)
-        checkpoints = CheckpointStore(folder / "checkpoints")
-        num_steps_done = 0
-        if config.resume and checkpoints.newest() is not None:
-            num_steps_done = checkpoints.load(student)
+        checkpoints = CheckpointStore(
+            folder / "checkpoints",
+            student,
+            data={f"data {source}": digest[:16] for source, digest in prepared.train.digests.items()},
+            keep_last=config.training.keep_last,
+            keep_best=config.training.keep_best,
+            seed=config.seed,
+        )
+        stack.callback(checkpoints.close)
+        seed_random_state(config.seed, 0, rank)
+        found = checkpoints.load() if config.resume else None
+        num_steps_done = found.num_steps_done if found else 0
         before_training()
         trace = stack.enter_context(open_trace(config.profile, folder, "student", rank, device, host_is_ahead=True))
         # The loss is the end of the module's forward: only a hook sees where it ends.
@@ -120,11 +140,11 @@ def run_rank(
         )
         trainer = Trainer(
             student,
-            _attach(spec, rank, device, stack),
+            _attach(spec.rings, config, rank, device, stack) if spec.rings else NoTeacher(),
             device=device,
             observers=_observers(config, folder, num_steps_done, stack) if rank == 0 else [],
-            save=lambda done: checkpoints.save(student, done),
-            save_every=config.training.save_every,
+            checkpoints=checkpoints,
+            max_skipped_steps=config.training.max_skipped_steps,
             stop_requested=stack.enter_context(StopRequest().installed()),
             trace=trace,
         )
@@ -136,7 +156,8 @@ def run_rank(
                 rank=rank,
                 num_ranks=num_ranks,
                 start=num_steps_done,
-            )
+            ),
+            num_skipped=found.num_skipped if found else 0,
         )
         if finished:
             export_model(student, prepared.tokenizer, folder / "model")
@@ -145,34 +166,38 @@ def run_rank(
 
 def _load_student(prepared: Prepared, device: torch.device) -> FSDP2Student:
     config = prepared.config
-    teacher_dtype = resolve_dtype(config.teacher.dtype, resolve_device(config.teacher.device))
+    if prepared.algorithm.uses_teacher:
+        teacher_dtype = resolve_dtype(config.teacher.dtype, resolve_device(config.teacher.device))
+        teacher_head = load_lm_head(config.teacher.model, teacher_dtype)
+    else:
+        teacher_head = LMHead(torch.empty(0, 0))
     return FSDP2Student(
         config.student,
         config.optimizer,
         algorithm=prepared.algorithm,
-        teacher_head=load_lm_head(config.teacher.model, teacher_dtype).to(device),
+        teacher_head=teacher_head.to(device),
         device=device,
         num_steps=config.training.num_steps,
     )
 
 
-def _attach(spec: RankSpec, rank: int, device: torch.device, stack: ExitStack) -> HiddenStatesClient:
+def _attach(rings: Rings, config: RunConfig, rank: int, device: torch.device, stack: ExitStack) -> HiddenStatesClient:
     # Left in the opposite order: teachers go when there is nobody to ask any more, and slots on a
     # GPU are freed when they have gone.
-    hidden = attach_hidden_ring(spec.hidden[rank], placement=spec.placement, role="consumer", device=device)
+    hidden = attach_hidden_ring(rings.hidden[rank], placement=rings.placement, role="consumer", device=device)
     stack.enter_context(hidden)
-    requests = stack.enter_context(RequestRing.attach(spec.requests, role="producer"))
+    requests = stack.enter_context(RequestRing.attach(rings.requests, role="producer"))
     return HiddenStatesClient(
         requests,
         hidden,
         rank=rank,
-        timeout_s=spec.config.transport.timeout_s,
-        max_resends=spec.config.teacher.max_restarts,
+        timeout_s=config.transport.timeout_s,
+        max_resends=config.teacher.max_restarts,
     )
 
 
 def _observers(config: RunConfig, folder: Path, num_steps_done: int, stack: ExitStack) -> list[Observer]:
-    recorder = Recorder(folder)
+    recorder = Recorder(folder, first_step=num_steps_done)
     progress = Progress(
         config.training.num_steps,
         first_step=num_steps_done,

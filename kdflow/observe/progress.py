@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from rich.console import Console
@@ -75,16 +76,27 @@ class Progress:
                 f"step {metrics.step}/{self._num_steps}  loss {metrics.loss:.4f}  "
                 f"grad norm {metrics.grad_norm:.2f}  lr {metrics.learning_rate:.2e}  "
                 f"student {metrics.student_tokens_per_s:,.0f} tok/s  "
-                f"teacher {metrics.teacher_tokens_per_s:,.0f} tok/s  "
-                f"waited {metrics.teacher_wait_s:.2f} s  {left_s:,.0f} s left"
+                + (
+                    f"teacher {metrics.teacher_tokens_per_s:,.0f} tok/s  waited {metrics.teacher_wait_s:.2f} s  "
+                    if metrics.teacher_tokens_per_s
+                    else ""
+                )
+                + f"{left_s:,.0f} s left"
+                + (f"  skipped {metrics.num_skipped}" if metrics.num_skipped else "")
             )
 
     def on_eval(self, metrics: EvalMetrics) -> None:
+        kl, agreement = metrics.kl, metrics.top1_agreement
         self._line(
-            f"eval after {metrics.step} steps: KL(teacher||student) {metrics.kl:.4f} nats  "
-            f"perplexity {metrics.perplexity:,.2f}  top-1 agreement {metrics.top1_agreement:.1%}  "
-            f"({metrics.num_loss_tokens} tokens)"
+            f"eval after {metrics.step} steps: "
+            + ("" if math.isnan(kl) else f"KL(teacher||student) {kl:.4f} nats  ")
+            + f"perplexity {metrics.perplexity:,.2f}  "
+            + ("" if math.isnan(agreement) else f"top-1 agreement {agreement:.1%}  ")
+            + f"({metrics.num_loss_tokens} tokens)"
         )
+
+    def on_warning(self, text: str) -> None:
+        self._line(f"warning: {text}")
 
     def close(self) -> None:
         self._bar.stop()

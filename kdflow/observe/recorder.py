@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -15,13 +18,21 @@ from kdflow.training import EvalMetrics, StepMetrics
 class Recorder:
     """Writes `metrics.jsonl` and `tensorboard/` in the run's folder, line by line.
 
-    Every line has `kind` ("train" or "eval"), `time` (seconds since the epoch) and the fields
-    of StepMetrics or EvalMetrics.
+    Every line has `kind` ("train", "eval" or "warning"), `time` (seconds since the epoch) and the fields
+    of StepMetrics or EvalMetrics, or `text`. Numbers that are not finite are null.
+
+    Args:
+        folder: of the run.
+        first_step: finished steps where the run begins. What an earlier process told of later ones, which are done
+            again, goes.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(folder / "tensorboard")
+    def __init__(self, folder: Path, *, first_step: int = 0) -> None:
+        path = folder / "metrics.jsonl"
+        if path.is_file():
+            _cut(path, first_step)
+        self._lines = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def on_step(self, metrics: StepMetrics) -> None:
         self._write("train", asdict(metrics))
@@ -29,13 +40,35 @@ class Recorder:
     def on_eval(self, metrics: EvalMetrics) -> None:
         self._write("eval", asdict(metrics))
 
+    def on_warning(self, text: str) -> None:
+        self._line("warning", {"text": text})
+
     def close(self) -> None:
         self._lines.close()
         self._board.close()
 
     def _write(self, kind: str, values: dict[str, float]) -> None:
-        self._lines.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
-        self._lines.flush()
+        self._line(kind, {n: v if math.isfinite(v) else None for n, v in values.items()})
         step = int(values.pop("step"))
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def _line(self, kind: str, values: dict[str, Any]) -> None:
+        self._lines.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
+        self._lines.flush()
+
+
+def _cut(path: Path, first_step: int) -> None:
+    """Leaves the lines of the first steps; the evaluation after the last of them is done again, too."""
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            line = json.loads(text)
+        except ValueError:  # the last one of a process that was killed
+            continue
+        last = {"train": first_step, "eval": first_step - 1}.get(line["kind"])
+        if last is None or line["step"] <= last:
+            kept.append(text)
+    aside = path.with_suffix(".writing")
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)

@@ -1,16 +1,28 @@
-"""Writes the student as a Hugging Face folder."""
+"""Writes the student as a Hugging Face folder: from training, or from a checkpoint on disk."""
 
 from __future__ import annotations
 
+import shutil
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict_loader as dcp_loader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from kdflow.errors import CheckpointError
+from kdflow.modeling import load_model_config, load_tokenizer
 from kdflow.student.fsdp2 import FSDP2Student
+
+# Of a weight in a checkpoint: the part of the state, then the model's place in the student's module.
+_PREFIX = "model.model."
 
 
 def export_model(student: FSDP2Student, tokenizer: Any, folder: Path) -> None:
@@ -21,11 +33,62 @@ def export_model(student: FSDP2Student, tokenizer: Any, folder: Path) -> None:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(student.model, options=options)
     if dist.get_rank() == 0:
-        with torch.device("meta"):  # carries config and names; the weights come from the state
-            shell = AutoModelForCausalLM.from_config(student.model.config, dtype=torch.bfloat16)
-        shell.generation_config = student.model.generation_config
-        shell.save_pretrained(
-            folder, state_dict={n: w.to(torch.bfloat16) for n, w in weights.items() if isinstance(w, torch.Tensor)}
-        )
-        tokenizer.save_pretrained(folder)
+        tensors = {n: w.to(torch.bfloat16) for n, w in weights.items() if isinstance(w, torch.Tensor)}
+        _write(student.model.config, student.model.generation_config, tensors, tokenizer, folder)
     dist.barrier()
+
+
+def export_checkpoint(checkpoint: Path, model: str, folder: Path) -> None:
+    """The same from a checkpoint, by one process that needs neither GPU nor memory for more than bfloat16 weights.
+
+    Args:
+        model: that the student started from; its config and tokenizer are those of the student.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or `folder` holds something.
+        ConfigError: no such model.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty: choose another --output, or remove it")
+    config, tokenizer = load_model_config(model), load_tokenizer(model)
+    try:
+        generation = GenerationConfig.from_pretrained(str(Path(model).expanduser()) if model[:1] == "~" else model)
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    aside = folder.with_name(f"writing-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    _write(config, generation, read_weights(checkpoint, torch.bfloat16), tokenizer, aside)
+    if folder.exists():
+        folder.rmdir()
+    aside.rename(folder)
+
+
+def read_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The model's tensors of a checkpoint by their names in transformers, whole and in host memory.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    try:
+        found = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        state = {
+            name: torch.empty(item.size, dtype=dtype)
+            for name, item in found.items()
+            if name.startswith(_PREFIX) and isinstance(item, TensorStorageMetadata)
+        }
+        with warnings.catch_warnings():  # one process is what is wanted
+            warnings.simplefilter("ignore")
+            dcp_loader.load(state, checkpoint_id=checkpoint, no_dist=True)
+    except (CheckpointException, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint} cannot be read: {error}") from None
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+
+
+def _write(
+    config: Any, generation_config: Any, weights: Mapping[str, torch.Tensor], tokenizer: Any, folder: Path
+) -> None:
+    with torch.device("meta"):  # carries config and names; the weights come from the state
+        shell = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    shell.generation_config = generation_config
+    shell.save_pretrained(folder, state_dict=dict(weights))
+    tokenizer.save_pretrained(folder)

@@ -1,7 +1,18 @@
 """The one loop that every algorithm and source goes through."""
 
-from kdflow.training.loop import Observer, Trainer
+from kdflow.training.loop import Checkpoints, Observer, Trainer
 from kdflow.training.metrics import EvalMetrics, StepMetrics
-from kdflow.training.schedule import Evaluation, plan
+from kdflow.training.no_teacher import NoTeacher
+from kdflow.training.schedule import Evaluation, Save, plan
 
-__all__ = ["EvalMetrics", "Evaluation", "Observer", "StepMetrics", "Trainer", "plan"]
+__all__ = [
+    "Checkpoints",
+    "EvalMetrics",
+    "Evaluation",
+    "NoTeacher",
+    "Observer",
+    "Save",
+    "StepMetrics",
+    "Trainer",
+    "plan",
+]

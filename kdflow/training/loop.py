@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,12 +11,13 @@ from types import TracebackType
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 from kdflow.data import Step
 from kdflow.errors import TrainingError
 from kdflow.tracing import Trace
 from kdflow.training.metrics import EvalMetrics, StepMetrics, Totals, WaitTimer, perplexity
-from kdflow.training.schedule import Evaluation
+from kdflow.training.schedule import Evaluation, Save
 from kdflow.types import Microbatch
 from kdflow_kernels import KDLossOutput
 
@@ -31,7 +33,7 @@ class Student(Protocol):
         self, microbatch: Microbatch, teacher_rows: TeacherRows, *, num_items: float, last: bool
     ) -> KDLossOutput: ...
 
-    def optimizer_step(self, index: int) -> tuple[torch.Tensor, float]: ...
+    def optimizer_step(self, index: int, accept: Callable[[torch.Tensor], bool]) -> tuple[torch.Tensor, float]: ...
 
     def evaluate(self, microbatch: Microbatch, teacher_rows: TeacherRows, *, num_items: float) -> KDLossOutput: ...
 
@@ -59,12 +61,26 @@ class HiddenStates(Protocol):
     def prefetch(self, microbatches: Iterator[Microbatch]) -> Iterator[HiddenRows]: ...
 
 
+class Checkpoints(Protocol):
+    """Where the state of a run is kept; the same calls on every rank."""
+
+    def save(self, num_steps_done: int, *, num_skipped: int, score: float | None) -> None: ...
+
+    def is_best(self, score: float) -> bool: ...
+
+    def poll(self) -> str | None: ...
+
+    def wait(self) -> None: ...
+
+
 class Observer(Protocol):
-    """Hears of every step and evaluation."""
+    """Hears of every step and evaluation, and of what went wrong without ending the run."""
 
     def on_step(self, metrics: StepMetrics) -> None: ...
 
     def on_eval(self, metrics: EvalMetrics) -> None: ...
+
+    def on_warning(self, text: str) -> None: ...
 
 
 class Trainer:
@@ -74,8 +90,8 @@ class Trainer:
         student: what is trained.
         hidden_states: where teacher rows come from.
         observers: told of metrics, on every rank.
-        save: called with the number of finished steps whenever a checkpoint is due.
-        save_every: steps between checkpoints; 0 for none but the last.
+        checkpoints: told when to save.
+        max_skipped_steps: how many steps of the run may be dropped because their numbers are not finite.
         stop_requested: asked after each step; any rank's yes stops all.
         trace: gets the phases of each step; the student itself says where backward begins.
     """
@@ -87,8 +103,8 @@ class Trainer:
         *,
         device: torch.device,
         observers: list[Observer],
-        save: Callable[[int], object],
-        save_every: int,
+        checkpoints: Checkpoints,
+        max_skipped_steps: int = 0,
         stop_requested: Callable[[], bool],
         trace: Trace,
     ) -> None:
@@ -97,40 +113,55 @@ class Trainer:
         self._device = device
         self._clock = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._observers = observers
-        self._save = save
-        self._save_every = save_every
+        self._checkpoints = checkpoints
+        self._max_skipped_steps = max_skipped_steps
         self._stop_requested = stop_requested
         self._trace = trace
         self._num_microbatches_done = 0
+        self._num_skipped = 0
 
-    def run(self, plan: Iterator[Step | Evaluation]) -> bool:
-        """Works the plan off and saves; False where it was asked to stop before the end.
+    def run(self, plan: Iterator[Step | Evaluation | Save], *, num_skipped: int = 0) -> bool:
+        """Works the plan off; False where it was asked to stop before the end, and then it has saved.
+
+        Args:
+            num_skipped: steps that were dropped before the plan begins.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: too many steps with a loss or gradient that is not finite.
+            CheckpointError: the last checkpoint could not be written.
         """
         work, ahead = itertools.tee(plan)
         rows = self._hidden_states.prefetch(m for item in ahead for m in item.microbatches)
-        num_steps_done = num_steps_saved = 0
-        stopped = False
+        self._num_skipped = num_skipped
+        score: float | None = None
         for item in work:
+            if (warning := self._checkpoints.poll()) is not None:
+                self._warn(warning)
             if isinstance(item, Evaluation):
                 with self._trace.span("eval"):
-                    self._evaluate(item, rows)
-                continue
-            with self._trace.span("step", step=item.index + 1):
-                stopped = self._train(item, rows)
-            self._trace.end_of_step()
-            num_steps_done = item.index + 1
-            if stopped or (self._save_every and num_steps_done % self._save_every == 0):
-                with self._trace.span("save"):
-                    self._save(num_steps_saved := num_steps_done)
-            if stopped:
-                return False
-        if num_steps_done > num_steps_saved:
-            with self._trace.span("save"):
-                self._save(num_steps_done)
+                    score = self._evaluate(item, rows)
+            elif isinstance(item, Save):
+                if item.due or (score is not None and self._checkpoints.is_best(score)):
+                    self._save(item.num_steps_done, score)
+            else:
+                score = None
+                with self._trace.span("step", step=item.index + 1):
+                    stopped = self._train(item, rows)
+                self._trace.end_of_step()
+                if stopped:
+                    self._save(item.index + 1)
+                    self._checkpoints.wait()
+                    return False
+        self._checkpoints.wait()
         return True
+
+    def _save(self, num_steps_done: int, score: float | None = None) -> None:
+        with self._trace.span("save"):
+            self._checkpoints.save(num_steps_done, num_skipped=self._num_skipped, score=score)
+
+    def _warn(self, text: str) -> None:
+        for observer in self._observers:
+            observer.on_warning(text)
 
     @contextmanager
     def _next(self, rows: Iterator[HiddenRows], microbatch: Microbatch) -> Iterator[HiddenRows]:
@@ -168,21 +199,26 @@ class Trainer:
                     prefill_s=pending.prefill_s,
                     wait=teacher_rows,
                 )
-        self._trace.phase("optimizer step")
-        grad_norm, learning_rate = self._student.optimizer_step(step.index)
-        self._trace.phase("metrics")
-        means, stop = totals.reduce(
-            step.num_loss_tokens,
-            loss_scale=1.0 / self._student.num_ranks,
-            stop=self._stop_requested(),
-        )
-        norm = grad_norm.item()
-        if not (abs(means["loss"]) < float("inf") and norm < float("inf")):
-            ids = [i for m in step.microbatches for i in m.sample_ids]
-            raise TrainingError(
-                f"step {step.index + 1}: loss {means['loss']}, gradient norm {norm}; this rank's "
-                f"samples are {ids}. Lower optimizer.learning_rate or look at these rows"
+        means, stop = {}, False
+
+        def is_finite(grad_norm: torch.Tensor) -> bool:
+            """Alike on every rank: both numbers are those of all of them. The one wait of a step."""
+            nonlocal means, stop
+            self._trace.phase("metrics")
+            means, stop = totals.reduce(
+                step.num_loss_tokens,
+                loss_scale=1.0 / self._student.num_ranks,
+                stop=self._stop_requested(),
             )
+            self._trace.phase("optimizer step")
+            return math.isfinite(means["loss"]) and math.isfinite(grad_norm.item())
+
+        self._trace.phase("optimizer step")
+        grad_norm, learning_rate = self._student.optimizer_step(step.index, is_finite)
+        self._trace.phase("metrics")
+        norm = grad_norm.item()
+        if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
+            self._skip(step, means["loss"], norm)
         metrics = StepMetrics(
             step=step.index + 1,
             epoch=step.epoch,
@@ -198,14 +234,39 @@ class Trainer:
             num_loss_tokens=step.num_loss_tokens,
             step_s=means["seconds"],
             student_tokens_per_s=step.num_tokens / means["seconds"],
-            teacher_tokens_per_s=step.num_tokens / max(means["prefill_s"], 1e-9),
+            teacher_tokens_per_s=step.num_tokens / means["prefill_s"] if means["prefill_s"] else 0.0,
             teacher_wait_s=means["wait_s"],
+            num_skipped=self._num_skipped,
         )
         for observer in self._observers:
             observer.on_step(metrics)
         return stop
 
-    def _evaluate(self, evaluation: Evaluation, rows: Iterator[HiddenRows]) -> None:
+    def _skip(self, step: Step, loss: float, norm: float) -> None:
+        """Counts a step that moved nothing.
+
+        Raises:
+            TrainingError: it is one too many; the state before it is saved.
+        """
+        own = [i for m in step.microbatches for i in m.sample_ids]
+        by_rank: list[list[int]] = [[]] * self._student.num_ranks
+        dist.all_gather_object(by_rank, own)
+        what = (
+            f"step {step.index + 1}: loss {loss}, gradient norm {norm}, expected finite numbers; its samples are "
+            f"{sorted(i for ids in by_rank for i in ids)}"
+        )
+        if self._num_skipped >= self._max_skipped_steps:
+            if step.index > 0:
+                self._save(step.index)
+            raise TrainingError(
+                f"{what}. {self._num_skipped} steps were skipped before it, as many as training.max_skipped_steps "
+                "allows. Lower optimizer.learning_rate, look at these rows, or allow more"
+            )
+        self._num_skipped += 1
+        self._warn(f"{what}. Skipped, {self._num_skipped} of at most {self._max_skipped_steps}")
+
+    def _evaluate(self, evaluation: Evaluation, rows: Iterator[HiddenRows]) -> float:
+        """Its score: lower is better."""
         totals = Totals(self._device)
         for microbatch in evaluation.microbatches:
             with self._next(rows, microbatch) as pending:
@@ -224,3 +285,4 @@ class Trainer:
         )
         for observer in self._observers:
             observer.on_eval(metrics)
+        return metrics.score

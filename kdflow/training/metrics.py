@@ -23,8 +23,9 @@ class StepMetrics:
         student_entropy, teacher_entropy: means over the same tokens, in nats.
         top1_agreement: part of them where both sides' likeliest token is the same.
         student_tokens_per_s: tokens of the step over the time the step took.
-        teacher_tokens_per_s: tokens of the step over the time teachers prefilled for it.
+        teacher_tokens_per_s: tokens of the step over the time teachers prefilled for it; 0 without a teacher.
         teacher_wait_s: time in which the student's device stood still for want of hidden states.
+        num_skipped: steps so far, this one included, whose loss or gradient was not finite and which moved nothing.
     """
 
     step: int
@@ -43,11 +44,12 @@ class StepMetrics:
     student_tokens_per_s: float
     teacher_tokens_per_s: float
     teacher_wait_s: float
+    num_skipped: int
 
 
 @dataclass(frozen=True)
 class EvalMetrics:
-    """One pass over the held-out samples.
+    """One pass over the held-out samples. What only a teacher can tell is NaN where there is none.
 
     Attributes:
         step: optimizer steps before it.
@@ -64,6 +66,11 @@ class EvalMetrics:
     top1_agreement: float
     num_loss_tokens: int
     eval_s: float
+
+    @property
+    def score(self) -> float:
+        """What the best checkpoint goes by, lower is better: kl, or ce_loss where there is no teacher."""
+        return self.ce_loss if math.isnan(self.kl) else self.kl
 
 
 class WaitTimer:

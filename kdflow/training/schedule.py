@@ -1,4 +1,4 @@
-"""What a run does, one after another: evaluations and optimizer steps.
+"""What a run does, one after another: evaluations, optimizer steps and checkpoints.
 
 It is an iterator of plain descriptions, so the hidden states of what comes can be asked for
 while what is there is worked on, across the border between training and evaluation.
@@ -29,6 +29,21 @@ class Evaluation:
     num_loss_tokens: int
 
 
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint, after the evaluation of the same step where there is one.
+
+    Attributes:
+        num_steps_done: optimizer steps before it.
+        due: whether it is saved in any case, or only where that evaluation was the best so far.
+        microbatches: none.
+    """
+
+    num_steps_done: int
+    due: bool
+    microbatches: tuple[Microbatch, ...] = ()
+
+
 def plan(
     config: RunConfig,
     train: Dataset,
@@ -37,8 +52,8 @@ def plan(
     rank: int,
     num_ranks: int,
     start: int = 0,
-) -> Iterator[Step | Evaluation]:
-    """The work of a rank from step `start` on, first and last an evaluation."""
+) -> Iterator[Step | Evaluation | Save]:
+    """The work of a rank from step `start` on: an evaluation, then steps with evaluations and checkpoints between."""
     training = config.training
     if held_out is not None:
         held = pack_step(
@@ -65,6 +80,11 @@ def plan(
     ):
         yield step
         done = step.index + 1
-        every = training.eval_every
-        if done == training.num_steps or (every and done % every == 0):
+
+        def is_due(every: int, done: int = done) -> bool:
+            return done == training.num_steps or (every > 0 and done % every == 0)
+
+        if is_due(training.eval_every):
             yield from evaluation(done)
+        if is_due(training.save_every) or is_due(training.eval_every):
+            yield Save(done, due=is_due(training.save_every))

@@ -1,0 +1,37 @@
+"""The source of hidden states of a run that has no teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+
+import torch
+
+from kdflow.types import Microbatch
+
+
+class NoTeacher:
+    """Gives each microbatch rows without columns, at once."""
+
+    def prefetch(self, microbatches: Iterator[Microbatch]) -> Iterator[NoRows]:
+        return map(NoRows, microbatches)
+
+
+class NoRows:
+    """(N, 0), and no time spent on it."""
+
+    prefill_s = 0.0
+
+    def __init__(self, microbatch: Microbatch) -> None:
+        self.microbatch = microbatch
+
+    def tensor(self) -> torch.Tensor:
+        return torch.empty(self.microbatch.num_loss_tokens, 0)
+
+    def __enter__(self) -> NoRows:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass

@@ -150,6 +150,7 @@ def produce(
             count = commands.recv()
             sources = sender.num_sources(count)
             messages = [make_message(params["message_bytes"]) for _ in range(sources)]
+            stamps = [message.numpy() for message in messages]  # torch takes microseconds to set an element
             commands.send(0.0)
             pace_s = commands.recv()
         except EOFError:
@@ -158,10 +159,9 @@ def produce(
         for number in range(count):
             if pace_s:
                 time.sleep(pace_s)
-            message = messages[number % len(messages)]
-            message[0] = time.monotonic_ns()
-            message[1] = number * producers + index
-            sender.send(message, ticket)
+            stamp = stamps[number % len(stamps)]
+            stamp[:2] = time.monotonic_ns(), number * producers + index
+            sender.send(messages[number % len(messages)], ticket)
             ticket += producers
         commands.send(time.process_time() - begin)
 

@@ -42,6 +42,17 @@ void translate(std::exception_ptr thrown) {
   }
 }
 
+void put(PyRing& self, Ticket ticket, double timeout_s, std::uint8_t code, std::uint8_t bits,
+         const std::vector<std::int64_t>& shape, std::uintptr_t address, std::int64_t microbatch_id, std::int64_t tag) {
+  Record record{};
+  self->member()->shape(record, "put", ticket, code, bits, shape);
+  record.microbatch_id = microbatch_id;
+  record.tag = tag;
+  const Wait wait = make_wait(timeout_s);
+  const Unlocked unlocked;
+  self->put(ticket, record, reinterpret_cast<const void*>(address), wait);
+}
+
 void send(PyRing& self, const py::buffer& payload, double timeout_s) {
   const py::buffer_info info = payload.request();
   if (PyBuffer_IsContiguous(info.view(), 'C') == 0) throw std::invalid_argument("payload: expected contiguous bytes");
@@ -50,7 +61,7 @@ void send(PyRing& self, const py::buffer& payload, double timeout_s) {
   const Unlocked unlocked;
   Lease lease = self->reserve(std::nullopt, wait);
   lease.shape(1, 8, {&nbytes, 1});
-  std::memcpy(lease.data(), info.ptr, static_cast<std::size_t>(nbytes));
+  lease.fill(info.ptr);
   lease.commit();
 }
 
@@ -80,7 +91,7 @@ PYBIND11_MODULE(_ring, module) {
           "copy_from",
           [](Lease& self, std::uintptr_t address, std::uint64_t nbytes) {
             if (nbytes != self.record.nbytes) throw std::invalid_argument("copy_from: another size than the record's");
-            if (nbytes > 0) std::memcpy(self.data(), reinterpret_cast<const void*>(address), nbytes);
+            self.fill(reinterpret_cast<const void*>(address));
           },
           py::arg("address"), py::arg("nbytes"), py::call_guard<Unlocked>())
       .def("commit", &Lease::commit, py::call_guard<Unlocked>())
@@ -151,6 +162,8 @@ PYBIND11_MODULE(_ring, module) {
             return self->try_receive(ticket);
           },
           py::arg("ticket"))
+      .def("put", &put, py::arg("ticket"), py::arg("timeout_s"), py::arg("code"), py::arg("bits"), py::arg("shape"),
+           py::arg("address"), py::arg("microbatch_id"), py::arg("tag"))
       .def("send", &send, py::arg("payload"), py::arg("timeout_s"))
       .def("is_free", [](const PyRing& self, std::uint64_t ticket) { return self->is_free(ticket); })
       .def("reclaim", [](PyRing& self, std::uint64_t ticket) { self->reclaim(ticket); })

@@ -68,6 +68,24 @@ TEST(records_go_round_in_both_modes) {
   }
 }
 
+TEST(put_hands_over_what_it_is_given) {
+  std::vector<std::byte> source(kPageBytes + 7);
+  for (std::uint64_t i = 0; i < source.size(); ++i) source[i] = pattern(0, i);
+  for (const std::uint64_t slot_bytes : {std::uint64_t{kPageBytes + 7}, last_level_cache_bytes()}) {
+    const Ring ring = make_ring(1, slot_bytes, RingKind::data, /*checksum=*/true);
+    CHECK(ring.slots().exceeds_cache() == (slot_bytes > kPageBytes + 7));
+    const Ring producer = join(ring, Role::producer), consumer = join(ring, Role::consumer);
+    Record record{};
+    const auto extent = static_cast<std::int64_t>(source.size());
+    producer.member()->shape(record, "put", 0, 1, 8, {&extent, 1});
+    record.tag = 5;
+    producer.put(0, record, source.data(), within(1s));
+    const Lease lease = consumer.receive(0, within(1s));
+    CHECK(intact(lease) && lease.record.tag == 5 && lease.record.nbytes == source.size());
+    CHECK_THROWS(RingTimeout, producer.put(1, record, source.data(), within(1ms)));
+  }
+}
+
 TEST(tickets_finish_in_any_order) {
   const Ring ring = make_ring(4);
   const Ring producer = join(ring, Role::producer), consumer = join(ring, Role::consumer);

@@ -54,6 +54,19 @@ _DTYPES = {
 _NAMES = {code: name for name, code in _DTYPES.items()}
 
 
+@cache
+def _dtype_code(dtype: torch.dtype | str) -> tuple[int, int]:
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
+    return _DTYPES[name]
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Is what lies at its address all there is to it?"""
+    return tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+
+
 @dataclass(frozen=True)
 class SideStats:
     """One side of a ring. A wait is a call that had to sleep; wait_s is their sum."""
@@ -166,21 +179,19 @@ class WriteSlot(_Slot):
     def copy_from(self, source: torch.Tensor) -> None:
         """Fill the slot with a tensor that is whole already; its shape and dtype become the record's.
 
-        From a contiguous CPU tensor this is one memcpy without the GIL. Beyond the caches it is faster than
-        `tensor(...).copy_(source)`: torch reads memory that it is about to overwrite. ValueError when it does not fit.
+        From a contiguous CPU tensor this is one copy without the GIL, past the caches where the ring is larger than
+        they are: faster than `tensor(...).copy_(source)`, which reads memory that it is about to overwrite.
+        ValueError when it does not fit.
         """
-        if source.device.type != "cpu" or not source.is_contiguous():
+        if _is_plain(source):
+            self._set_shape(source.shape, source.dtype)
+            self._lease.copy_from(source.data_ptr(), source.nbytes)
+        else:
             self.tensor(source.shape, source.dtype).copy_(source)
-            return
-        self._set_shape(source.shape, source.dtype)
-        self._lease.copy_from(source.data_ptr(), source.nbytes)
 
     def _set_shape(self, shape: Sequence[int], dtype: torch.dtype | str) -> None:
         self._require_held()
-        name = str(dtype).removeprefix("torch.")
-        if name not in _DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
-        self._lease.set_shape(*_DTYPES[name], list(shape))
+        self._lease.set_shape(*_dtype_code(dtype), list(shape))
 
     def buffer(self, nbytes: int) -> memoryview:
         """Writable bytes of the slot, for those who have no torch; the record is uint8 (nbytes,)."""
@@ -406,6 +417,24 @@ class HiddenRing(_Ring):
         TransportError when the ticket is another producer's, or over.
         """
         return WriteSlot(self._native.reserve(ticket, timeout_s))
+
+    def put(
+        self,
+        tensor: torch.Tensor,
+        ticket: int | None = None,
+        *,
+        microbatch_id: int = 0,
+        tag: int = 0,
+        timeout_s: float = 30.0,
+    ) -> None:
+        """Producer: hand over a copy of a whole tensor: `reserve`, `copy_from` and `commit` in one native call.
+
+        Raises as reserve does; ValueError, and the ticket stays as it was, when the tensor does not fit.
+        """
+        if not _is_plain(tensor):
+            tensor = tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
+        code, bits = _dtype_code(tensor.dtype)
+        self._native.put(ticket, timeout_s, code, bits, tensor.shape, tensor.data_ptr(), microbatch_id, tag)
 
     def receive(self, ticket: int | None = None, *, timeout_s: float = 30.0) -> ReadSlot:
         """Consumer: wait for the record of a ticket, or (None) for the next one in order.

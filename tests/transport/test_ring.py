@@ -79,28 +79,69 @@ def test_shapes_from_no_row_to_a_full_slot(ring: HiddenRing, shape: tuple[int, .
         assert (slot.microbatch_id, slot.tag) == (7, -7)
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        torch.arange(600).view(30, 20).bfloat16(),
-        torch.arange(600).view(30, 20).float()[::2],  # with gaps
-        torch.arange(60).view(6, 10).float().T,
-        torch.empty(0, 8),
-        torch.tensor(3.5),
-    ],
-    ids=["contiguous", "every other row", "transposed", "no rows", "scalar"],
-)
-def test_copy_from(ring: HiddenRing, source: torch.Tensor) -> None:
+SOURCES = {
+    "contiguous": torch.arange(600).view(30, 20).bfloat16(),
+    "every other row": torch.arange(600).view(30, 20).float()[::2],
+    "transposed": torch.arange(60).view(6, 10).float().T,
+    "no rows": torch.empty(0, 8),
+    "scalar": torch.tensor(3.5),
+    "lazily conjugated": torch.tensor([1 + 2j]).conj(),
+    "lazily negated": torch.tensor([1 + 2j]).conj().imag,
+}
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
+@pytest.mark.parametrize("in_one_call", [True, False], ids=["put", "copy_from"])
+def test_a_whole_tensor_is_copied_in(ring: HiddenRing, source: torch.Tensor, in_one_call: bool) -> None:
     producer = HiddenRing.attach(ring.handle, role="producer")
     consumer = HiddenRing.attach(ring.handle, role="consumer")
-    with producer.reserve(0) as slot:
-        slot.copy_from(source)
+    if in_one_call:
+        producer.put(source, 0, microbatch_id=17, tag=3)
+    else:
+        with producer.reserve(0) as slot:
+            slot.copy_from(source)
+            slot.microbatch_id, slot.tag = 17, 3
     with consumer.receive(0) as received:
+        assert (received.microbatch_id, received.tag) == (17, 3)
+        assert received.tensor().dtype == source.dtype
         assert torch.equal(received.tensor(), source)
+
+
+def test_copy_from_refuses(ring: HiddenRing) -> None:
+    producer = HiddenRing.attach(ring.handle, role="producer")
     with pytest.raises(ValueError, match="at most 4096 bytes"), producer.reserve(1) as slot:
         slot.copy_from(torch.empty(1025))
     with pytest.raises(TransportError, match="was given back"):
-        slot.copy_from(source)
+        slot.copy_from(torch.empty(1))
+
+
+def test_put_that_does_not_fit_leaves_the_ticket(ring: HiddenRing) -> None:
+    producer = HiddenRing.attach(ring.handle, role="producer")
+    consumer = HiddenRing.attach(ring.handle, role="consumer")
+    with pytest.raises(ValueError, match=r"at most 4096 bytes \(slot_bytes\), got 4100"):
+        producer.put(torch.empty(1025))
+    with pytest.raises(ValueError, match="dtype: expected one of"):
+        producer.put(torch.empty(3, dtype=torch.complex32))
+    producer.put(torch.ones(1024))
+    with consumer.receive() as received:
+        assert received.ticket == 0
+    for _ in range(ring.num_slots):
+        producer.put(torch.ones(1))
+    with pytest.raises(RingTimeout, match="alive as consumer"):
+        producer.put(torch.ones(1), timeout_s=0.05)
+
+
+@pytest.mark.parametrize("excess", [0, 1, 63, 64, 4095])
+def test_a_ring_larger_than_the_caches(excess: int) -> None:
+    """There whole tensors are stored past the caches, 64 bytes at a time and the rest as ever."""
+    slot_bytes = 16 << 20
+    ring = HiddenRing.create(name="large", num_slots=8, slot_bytes=slot_bytes)
+    producer = HiddenRing.attach(ring.handle, role="producer")
+    consumer = HiddenRing.attach(ring.handle, role="consumer")
+    source = torch.randint(0, 256, (65536 + excess + 1,), dtype=torch.uint8)[1:]  # not aligned either
+    producer.put(source)
+    with consumer.receive() as received:
+        assert torch.equal(received.tensor(), source)
 
 
 def test_one_element_too_many(ring: HiddenRing) -> None:

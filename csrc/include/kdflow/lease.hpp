@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "kdflow/copy.hpp"
 #include "kdflow/member.hpp"
 
 namespace kdflow {
@@ -38,27 +39,11 @@ class Lease {
 
   // The writer's: what the payload is. Throws std::invalid_argument when it does not fit the slot.
   void shape(std::uint8_t dtype_code, std::uint8_t dtype_bits, std::span<const std::int64_t> extents) {
-    const auto fail = [&](const std::string& what) {
-      throw std::invalid_argument(member_->describe("reserve", ticket_) + ": " + what);
-    };
-    if (extents.size() > kMaxDims) fail("expected at most 8 dimensions, got " + std::to_string(extents.size()));
-    const bool empty = std::find(extents.begin(), extents.end(), 0) != extents.end();
-    std::uint64_t nbytes = empty ? 0 : dtype_bits / 8;
-    for (const std::int64_t extent : extents) {
-      if (extent < 0) fail("negative dimension " + std::to_string(extent));
-      if (__builtin_mul_overflow(nbytes, static_cast<std::uint64_t>(extent), &nbytes)) fail("the shape overflows");
-    }
-    if (nbytes > slots().header().slot_bytes) {
-      fail("expected at most " + std::to_string(slots().header().slot_bytes) + " bytes (slot_bytes), got " +
-           std::to_string(nbytes) + "; create the ring with larger slots");
-    }
-    record.dtype_code = dtype_code;
-    record.dtype_bits = dtype_bits;
-    record.ndim = static_cast<std::uint16_t>(extents.size());
-    record.nbytes = nbytes;
-    std::fill(std::begin(record.shape), std::end(record.shape), 0);
-    std::copy(extents.begin(), extents.end(), record.shape);
+    member_->shape(record, "reserve", ticket_, dtype_code, dtype_bits, extents);
   }
+
+  // The writer's: all of the payload, from other memory of this process. After shape().
+  void fill(const void* source) { copy(data(), source, record.nbytes, slots().exceeds_cache()); }
 
   void commit() {
     if (record.dtype_bits == 0) {

@@ -5,6 +5,10 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <iterator>
+#include <optional>
+#include <span>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -114,6 +118,31 @@ class Member {
   bool has_live(Role role) {
     const std::vector<Peer> peers = living();
     return std::any_of(peers.begin(), peers.end(), [&](const Peer& peer) { return peer.identity.role() == role; });
+  }
+
+  // Writes into `record` what a payload is. Throws std::invalid_argument when it fits no slot.
+  void shape(Record& record, const char* operation, std::optional<std::uint64_t> ticket, std::uint8_t dtype_code,
+             std::uint8_t dtype_bits, std::span<const std::int64_t> extents) const {
+    const auto fail = [&](const std::string& what) {
+      throw std::invalid_argument(describe(operation, ticket) + ": " + what);
+    };
+    if (extents.size() > kMaxDims) fail("expected at most 8 dimensions, got " + std::to_string(extents.size()));
+    const bool empty = std::find(extents.begin(), extents.end(), 0) != extents.end();
+    std::uint64_t nbytes = empty ? 0 : dtype_bits / 8;
+    for (const std::int64_t extent : extents) {
+      if (extent < 0) fail("negative dimension " + std::to_string(extent));
+      if (__builtin_mul_overflow(nbytes, static_cast<std::uint64_t>(extent), &nbytes)) fail("the shape overflows");
+    }
+    if (nbytes > slots.header().slot_bytes) {
+      fail("expected at most " + std::to_string(slots.header().slot_bytes) + " bytes (slot_bytes), got " +
+           std::to_string(nbytes) + "; create the ring with larger slots");
+    }
+    record.dtype_code = dtype_code;
+    record.dtype_bits = dtype_bits;
+    record.ndim = static_cast<std::uint16_t>(extents.size());
+    record.nbytes = nbytes;
+    std::fill(std::begin(record.shape), std::end(record.shape), 0);
+    std::copy(extents.begin(), extents.end(), record.shape);
   }
 
   // --- words for errors ---

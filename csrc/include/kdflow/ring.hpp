@@ -122,6 +122,14 @@ class Ring {
     });
   }
 
+  // reserve, fill and commit in one. `record` has its shape, and whatever else the writer gives.
+  void put(Ticket ticket, const Record& record, const void* source, const Wait& wait) const {
+    Lease lease = reserve(ticket, wait);
+    lease.record = record;
+    lease.fill(source);
+    lease.commit();
+  }
+
   // With a ticket: that one. Without: the next in order.
   Lease receive(Ticket ticket, const Wait& wait) const {
     const Peer self = member_->require(Role::consumer);

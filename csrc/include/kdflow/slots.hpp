@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "kdflow/copy.hpp"
 #include "kdflow/errors.hpp"
 #include "kdflow/fault.hpp"
 #include "kdflow/futex.hpp"
@@ -42,6 +43,9 @@ class Slots {
   std::byte* payload(std::uint64_t slot) const {
     return segment_->at(header_.payload_offset + slot * header_.payload_stride);
   }
+
+  // Will a slot have left the caches by the time it is written again?
+  bool exceeds_cache() const { return count() * header_.payload_stride > last_level_cache_bytes() / 2; }
 
   std::uint64_t slot_of(std::uint64_t ticket) const { return ticket % header_.num_slots; }
   std::uint64_t lap_of(std::uint64_t ticket) const { return ticket / header_.num_slots; }

@@ -5,6 +5,9 @@ backward, clipping, AdamW. The floor is that loop written out around a copy of t
 compute dtype, with fp32 master weights: no FSDP, no trainer, no metrics. What kdflow adds is 100%
 less the percent of the floor. The other rows say what packing is worth: the same steps with the
 samples of a microbatch padded to the longest, and a model under autocast as one usually writes it.
+
+Its other cases are packing alone: steps of 4 (the quickstart's own), 16 and 32 samples, packed, and in one batch padded
+to the longest sample, tokens/s of the samples' own tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +22,10 @@ PROVIDERS = (
     Provider("bare loop, padded", f"{MODULE}:padded"),
     Provider("autocast loop, packed", f"{MODULE}:autocast"),
 )
+PACKING = (
+    Provider("bare loop, packed", f"{MODULE}:packed", "ours"),
+    Provider("bare loop, one padded batch", f"{MODULE}:padded_batches"),
+)
 
 
 def cases(*, device: str, quick: bool) -> list[Case]:
@@ -28,20 +35,21 @@ def cases(*, device: str, quick: bool) -> list[Case]:
     name = "Qwen3-0.6B, random weights" if on_gpu else "SmolLM2-135M cut to 10 layers"
     # A step of few short samples is enough to try it out.
     small = ["--data.max_length=192", "--training.samples_per_step=2"]
-    return [
-        Case(
+
+    def case(title: str, providers: tuple[Provider, ...], num_steps: int, overrides: list[str]) -> Case:
+        return Case(
             suite="student",
-            name=f"{name}, {steps} step{'s' if steps > 1 else ''}",
+            name=f"{name}, {title}",
             params={
                 "config": "bench/cases/e2e_gpu.yaml" if on_gpu else "examples/quickstart.yaml",
                 "models": {"teacher": QWEN3_4B, "student": QWEN3_0_6B} if on_gpu else {},
                 "device": device,
-                "overrides": small if quick and not on_gpu else [],
+                "overrides": overrides,
                 "num_warm_up_steps": 0,
-                "num_measured_steps": steps,
+                "num_measured_steps": num_steps,
                 "peer_batch_size": 0,
             },
-            providers=PROVIDERS,
+            providers=providers,
             work=0.0,  # tokens: each repetition says how many
             unit="token",
             worker_mib=2500,
@@ -49,4 +57,11 @@ def cases(*, device: str, quick: bool) -> list[Case]:
             budget_scale=2.0,
             setup_timeout_s=300.0,
         )
-    ]
+
+    whole = f"{steps} step{'s' if steps > 1 else ''}"
+    found = [case(whole, PROVIDERS, steps, small if quick and not on_gpu else [])]
+    if not quick:
+        for size in (4, 16, 32):
+            title, overrides = f"packing, {size} samples", [f"--training.samples_per_step={size}"]
+            found.append(case(title, PACKING, max(1, 16 // size), overrides))
+    return found

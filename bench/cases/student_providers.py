@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -178,6 +179,19 @@ def padded(params: Params) -> Trial:
     model = AutoModelForCausalLM.from_pretrained(str(Path(job.config.student.model).expanduser()), dtype=job.dtype)
     loop = _Loop(job, device, model, job.dtype)
     return _trial(job, lambda: loop.run(loop.padded_rows))
+
+
+def padded_batches(params: Params) -> Trial:
+    """The same with whole batches of samples, as one trains without packing, in the place of packed microbatches."""
+    job = load_job(params)
+    steps = [
+        replace(step, microbatches=tuple(Microbatch.pack(batch) for batch in job.batches_of(step)))
+        for step in job.steps
+    ]
+    batches, device = replace(job, steps=tuple(steps)), torch.device(params["device"])
+    model = AutoModelForCausalLM.from_pretrained(str(Path(job.config.student.model).expanduser()), dtype=job.dtype)
+    loop = _Loop(batches, device, model, job.dtype)
+    return _trial(batches, lambda: loop.run(loop.padded_rows))
 
 
 def autocast(params: Params) -> Trial:

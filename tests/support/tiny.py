@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -93,3 +94,11 @@ def make_models(folder: Path, *, num_steps: int = 60) -> None:
         made = made or prune_layers(model, 2)
         made.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+
+
+def with_dropout(model: Path, folder: Path) -> Path:
+    """A copy of the model with dropout in its attention."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}))
+    return folder

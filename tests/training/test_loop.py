@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from kdflow.data import training_steps
+from kdflow.errors import TrainingError
+from kdflow.student import FSDP2Student
+from kdflow.tracing import OFF
+from kdflow.training import EvalMetrics, StepMetrics, Trainer
+from kdflow.types import Microbatch
+from support.ranks import run_on_ranks
+from support.student import CPU, Rows, load_samples, make_student
+
+
+class BadRows:
+    """Rows of the real teacher; those of one sample's microbatch are not numbers."""
+
+    def __init__(self, rows: Rows, microbatch: Microbatch, bad_sample: int) -> None:
+        self.microbatch = microbatch
+        self.prefill_s = 0.1
+        self._rows, self._bad_sample = rows, bad_sample
+
+    def tensor(self) -> torch.Tensor:
+        rows = self._rows(self.microbatch)
+        return rows.fill_(math.nan) if self._bad_sample in self.microbatch.sample_ids else rows
+
+    def __enter__(self) -> BadRows:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class Seen:
+    """Notes what it is told, and the state after each step; keeps no checkpoints."""
+
+    def __init__(self, student: FSDP2Student) -> None:
+        self._student = student
+        self.losses: list[float] = []
+        self.counts: list[int] = []
+        self.warnings: list[str] = []
+        self.states: list[list[torch.Tensor]] = []
+        self.saved: list[int] = []
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self.losses.append(metrics.loss)
+        self.counts.append(metrics.num_skipped)
+        state = get_optimizer_state_dict(self._student.module, self._student.optimizer)["state"]
+        moments = [t for values in state.values() for t in values.values()]  # type: ignore[union-attr]
+        self.states.append([_local(t).clone() for t in (*self._student.module.parameters(), *moments)])
+
+    def on_eval(self, metrics: EvalMetrics) -> None:
+        raise AssertionError
+
+    def on_warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def save(self, num_steps_done: int, *, num_skipped: int, score: float | None) -> None:
+        self.saved.append(num_steps_done)
+
+    def is_best(self, score: float) -> bool:
+        return False
+
+    def poll(self) -> None:
+        return None
+
+    def wait(self) -> None:
+        pass
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
+
+
+def train_with_a_bad_step(folder: Path, max_skipped_steps: int) -> dict[str, Any]:
+    samples = list(load_samples(folder)[:12])
+    student, rows = make_student(str(folder / "student"), str(folder / "teacher")), Rows(folder)
+    order = list(
+        training_steps(
+            samples,
+            num_steps=3,
+            samples_per_step=4,
+            tokens_per_microbatch=256,
+            seed=0,
+            rank=dist.get_rank(),
+            num_ranks=dist.get_world_size(),
+        )
+    )
+    bad = [i for m in order[1].microbatches for i in m.sample_ids][:1]
+    dist.broadcast_object_list(bad, src=0)  # a sample of rank 0 in the second of three steps
+
+    class Source:
+        def prefetch(self, microbatches):
+            return (BadRows(rows, m, bad[0]) for m in microbatches)
+
+    seen = Seen(student)
+    trainer = Trainer(
+        student,
+        Source(),
+        device=CPU,
+        observers=[seen],
+        checkpoints=seen,
+        max_skipped_steps=max_skipped_steps,
+        stop_requested=lambda: False,
+        trace=OFF,
+    )
+    error = ""
+    try:
+        assert trainer.run(iter(order))
+    except TrainingError as caught:
+        error = str(caught)
+    return {**{n: v for n, v in vars(seen).items() if not n.startswith("_")}, "error": error, "bad": bad[0]}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_step_that_is_not_finite_moves_nothing(tiny: Path, tmp_path: Path, num_ranks: int) -> None:
+    """The bad sample is one of rank 0; every rank skips."""
+    for found in run_on_ranks(num_ranks, tmp_path / "ranks", train_with_a_bad_step, tiny, 1):
+        assert [math.isfinite(loss) for loss in found["losses"]] == [True, False, True]
+        assert found["counts"] == [0, 1, 1]
+        before, skipped, after = found["states"]
+        assert all(torch.equal(a, b) for a, b in zip(before, skipped, strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(skipped, after, strict=True))
+        assert all(t.isfinite().all() for t in after)
+        (warning,) = found["warnings"]
+        assert warning.startswith("step 2: loss nan")
+        assert f"{found['bad']}" in warning
+        assert found["error"] == ""
+
+
+def test_one_too_many_ends_the_run_on_every_rank(tiny: Path, tmp_path: Path) -> None:
+    one, two = run_on_ranks(2, tmp_path / "ranks", train_with_a_bad_step, tiny, 0)
+    assert one["error"] == two["error"]
+    assert one["error"].startswith("step 2: loss nan, gradient norm nan, expected finite numbers; its samples are [")
+    assert one["saved"] == two["saved"] == [1]
+    assert len(one["losses"]) == 1

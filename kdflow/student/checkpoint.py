@@ -17,7 +17,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict_loader as dcp_loader
 import torch.distributed.checkpoint.state_dict_saver as dcp_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -171,7 +172,7 @@ class CheckpointStore:
         aside = self._folder.aside(info.num_steps_done)
         failure = None
         try:
-            dcp_saver.save(state, checkpoint_id=aside, process_group=self._group)
+            dcp_saver.save(state, storage_writer=_Writer(aside), process_group=self._group)
         except (CheckpointException, OSError, RuntimeError) as error:
             failure = _reason(error)
         if self._rank == 0:
@@ -202,6 +203,19 @@ class CheckpointStore:
         kept = "there is no earlier one" if newest is None else f"{newest.path.name} is kept"
         self._failure = f"checkpoint of step {info.num_steps_done} was not written ({failure}); {kept}"
         self._warning = self._failure
+
+
+class _Writer(FileSystemWriter):
+    """Says why a file could not be written: torch's own ends it all the same, and tells of that failure alone."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
 
 
 def _staging(*, pinned: bool) -> StagingOptions:

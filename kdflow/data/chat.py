@@ -95,7 +95,10 @@ class ChatTokenizer:
         stable = text.startswith(through.rstrip())
         if message["role"] == "assistant":
             before = self._render(messages[:index], tools, add_generation_prompt=True)
-            stable, begin = stable and through.startswith(before), len(before)
+            begin = _num_common(before, through)
+            if begin < len(before):
+                # Some prompts begin the answer (with a tag of thinking), which the turn itself need not have.
+                stable = stable and begin > len(self._render(messages[:index], tools).rstrip())
         else:
             begin = through.rfind(str(message["content"]).strip())
         if not stable or begin < 0:
@@ -132,3 +135,10 @@ class ChatTokenizer:
             )
         except TemplateError as error:
             raise DataError(f"the chat template refuses the messages: {error}") from None
+
+
+def _num_common(a: str, b: str) -> int:
+    """How many characters both begin with."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def _check_same_run(old: RunConfig, new: RunConfig, folder: Path) -> None:
     """The data position counts samples of one order: what decides the order must not change."""
     pairs = {
         "student.model": (old.student.model, new.student.model),
-        "data": (old.data, new.data),
+        "data": (replace(old.data, cache_dir=None), replace(new.data, cache_dir=None)),
         "training.samples_per_step": (
             old.training.samples_per_step,
             new.training.samples_per_step,

@@ -73,7 +73,8 @@ def data_workload(config: RunConfig, num_steps: int, num_ranks: int, *, first_st
             )
         )
 
-    return Workload(_by_step([of_rank(rank) for rank in range(num_ranks)]), f"{config.data.train}, as the run packs it")
+    names = ", ".join(item.source for item in config.data.train_sources())
+    return Workload(_by_step([of_rank(rank) for rank in range(num_ranks)]), f"{names}, as the run packs it")
 
 
 def uniform_workload(

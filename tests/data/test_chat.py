@@ -88,6 +88,15 @@ def test_role_that_no_row_has(tokenizer) -> None:
         ChatTokenizer(tokenizer, loss_roles=["asistant"]).encode(TURNS, 0)
 
 
+def test_prompt_that_begins_the_answer() -> None:
+    tokenizer = make_tokenizer("First Second answer think " * 20)
+    assert isinstance(tokenizer.chat_template, str)
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    thought = [TURNS[1], {"role": "assistant", "content": "<think>\nHm.</think>First."}]
+    assert said(ChatTokenizer(tokenizer).encode(thought, 0), tokenizer) == "Hm.</think>First.<|im_end|>"
+    assert said(ChatTokenizer(tokenizer).encode(TURNS[:3], 0), tokenizer) == "First answer.<|im_end|>"
+
+
 def test_the_last_turn_survives_a_template_that_rewrites_earlier_ones() -> None:
     tokenizer = make_tokenizer("First Second answer " * 20)
     tokenizer.chat_template = (

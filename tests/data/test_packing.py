@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdflow.data import pack_step, training_steps
+from kdflow.errors import DataError
 from kdflow.types import Sample
 
 
@@ -31,6 +33,39 @@ def test_rank_without_samples_takes_part_without_loss() -> None:
     steps = [pack_step(make([60, 60, 60]), tokens_per_microbatch=64, rank=rank, num_ranks=2) for rank in range(2)]
     assert [[m.num_loss_tokens for m in step.microbatches] for step in steps] == [[30, 30], [30, 0]]
     assert steps[1].microbatches[1].num_tokens == 60
+
+
+def test_fewer_samples_than_ranks() -> None:
+    steps = [pack_step(make([10]), tokens_per_microbatch=64, rank=rank, num_ranks=3) for rank in range(3)]
+    assert [[m.num_loss_tokens for m in step.microbatches] for step in steps] == [[5], [0], [0]]
+
+
+def test_step_without_a_loss_token() -> None:
+    samples = [Sample(np.zeros(4, np.int32), np.zeros(4, bool), 7)]
+    with pytest.raises(DataError, match=r"step 3 has no token in the loss: look at the rows \[7\]"):
+        pack_step(samples, tokens_per_microbatch=64, index=2)
+
+
+def test_the_teachers_own_tokens_count_in_the_budget() -> None:
+    long = [Sample(s.input_ids, s.loss_mask, s.sample_id, make([40])[0]) for s in make([20] * 6)]
+    (step,) = training_steps(long, num_steps=1, samples_per_step=6, tokens_per_microbatch=64, seed=0)
+    assert len(step.microbatches) == 6
+    assert all(m.for_teacher().num_tokens == 40 for m in step.microbatches)
+    assert step.num_tokens == 120
+
+
+def test_ranks_are_level_in_each_microbatch() -> None:
+    """Between ranks at the same time: the longest over the mean, summed up; lengths of real conversations."""
+    lengths = np.random.default_rng(0).permutation([int(40 + 470 * (i / 99) ** 2) for i in range(100)]).tolist()
+    longest = mean = 0.0
+    for index in range(10):
+        samples = make(lengths[10 * index : 10 * index + 10] * 4)
+        ranks = [pack_step(samples, tokens_per_microbatch=1024, rank=r, num_ranks=4) for r in range(4)]
+        for microbatches in zip(*(step.microbatches for step in ranks), strict=True):
+            loads = [m.num_tokens for m in microbatches]
+            longest += max(loads)
+            mean += sum(loads) / 4
+    assert longest / mean < 1.02
 
 
 def steps_of(samples: list[Sample], **options) -> list[tuple[int, ...]]:

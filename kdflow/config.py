@@ -310,6 +310,10 @@ class RunConfig:
         ratio = self.optimizer.min_lr_ratio
         _check("optimizer.min_lr_ratio", ratio, 0 <= ratio <= 1, "between 0 and 1")
         _check_data(self.data)
+        if self.training.keep_best and self.data.num_eval_samples == 0:
+            raise ConfigError(
+                "training.keep_best: the best is found by evaluations, and data.num_eval_samples is 0; hold samples out"
+            )
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: give one of them")
 

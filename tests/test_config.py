@@ -45,6 +45,8 @@ def test_dump_reads_back(tmp_path: Path) -> None:
         (["--training.tokens_per_microbatch=100"], "expected at least 1024, got 100"),
         (["--student.num_ranks=9"], "training.samples_per_step: expected at least 9"),
         (["--optimizer.min_lr_ratio=2"], "between 0 and 1"),
+        (["--training.keep_last=0"], "training.keep_last: expected at least 1"),
+        (["--training.keep_best=true", "--data.num_eval_samples=0"], "data.num_eval_samples is 0"),
         (["--resume=true", "--overwrite=true"], "exclude each other"),
     ],
 )

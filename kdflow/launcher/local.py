@@ -55,7 +55,8 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
                 wait_for_teachers()
                 finished = _run_ranks(spec)
         except TransportError:
-            check_teachers(teachers)
+            if teachers:
+                check_teachers(teachers)
             raise
     say(f"model: {folder / 'model'}" if finished else _how_to_go_on(folder))
     return finished

@@ -60,6 +60,8 @@ def plan_of(config: RunConfig, options: argparse.Namespace) -> Plan:
         ConfigError, DataError: an option or a model that cannot be, data that cannot be read.
     """
     _check(options)
+    if not config.teacher.model:
+        raise ConfigError("teacher.model: a plan is one of teacher and student, and no teacher is given; name one")
     rates = load_rates(options.rates)
     machine = make_machine(config, rates, num_gpus=options.gpus, num_nodes=options.nodes)
     return make_plan(

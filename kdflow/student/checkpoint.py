@@ -185,7 +185,10 @@ class CheckpointStore:
             if failure is not None:
                 shutil.rmtree(aside, ignore_errors=True)
         outcome = [failure]
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        try:
+            dist.broadcast_object_list(outcome, src=0, group=self._group)
+        except RuntimeError as error:
+            return f"another rank is gone: {_reason(error)}"
         return outcome[0]
 
     def _settle(self) -> None:

@@ -199,25 +199,26 @@ class Trainer:
                     prefill_s=pending.prefill_s,
                     wait=teacher_rows,
                 )
-        means, stop = {}, False
+        means, stop, norm, finite = {}, False, math.nan, False
 
         def is_finite(grad_norm: torch.Tensor) -> bool:
             """Alike on every rank: both numbers are those of all of them. The one wait of a step."""
-            nonlocal means, stop
+            nonlocal means, stop, norm, finite
             self._trace.phase("metrics")
             means, stop = totals.reduce(
                 step.num_loss_tokens,
                 loss_scale=1.0 / self._student.num_ranks,
                 stop=self._stop_requested(),
             )
+            norm = grad_norm.item()
+            finite = math.isfinite(means["loss"]) and math.isfinite(norm)
             self._trace.phase("optimizer step")
-            return math.isfinite(means["loss"]) and math.isfinite(grad_norm.item())
+            return finite
 
         self._trace.phase("optimizer step")
-        grad_norm, learning_rate = self._student.optimizer_step(step.index, is_finite)
+        _, learning_rate = self._student.optimizer_step(step.index, is_finite)
         self._trace.phase("metrics")
-        norm = grad_norm.item()
-        if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
+        if not finite:
             self._skip(step, means["loss"], norm)
         metrics = StepMetrics(
             step=step.index + 1,

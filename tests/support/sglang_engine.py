@@ -14,6 +14,8 @@ import torch
 
 from kdflow.config import TeacherConfig
 from kdflow.teacher import TEACHERS, Teacher
+from kdflow.teacher.base import TeacherRings
+from kdflow.transport import HiddenRing, HiddenStatesClient, RequestRing, request_bytes
 from support.tiny import VOCAB_SIZE
 
 HAS_SGLANG = importlib.util.find_spec("sglang") is not None
@@ -32,6 +34,23 @@ def started(backend: str, model: Path, *, tp_size: int = 1, **engine_args: Any) 
         yield teacher
     finally:
         teacher.close()
+
+
+@contextmanager
+def client_of(teacher: Teacher, *, num_slots: int, tokens: int) -> Iterator[HiddenStatesClient]:
+    """A student's end; leaving it lets the teacher's `serve` return."""
+    with (
+        RequestRing.create(name="requests", num_slots=num_slots, slot_bytes=request_bytes(tokens)) as requests,
+        HiddenRing.create(
+            name="hidden", num_slots=num_slots, slot_bytes=tokens * teacher.hidden_size * teacher.dtype.itemsize
+        ) as hidden,
+    ):
+        teacher.attach(TeacherRings(requests.handle, (hidden.handle,), "host", 60.0))
+        with (
+            HiddenRing.attach(hidden.handle, role="consumer") as consumer,
+            RequestRing.attach(requests.handle, role="producer") as producer,
+        ):
+            yield HiddenStatesClient(producer, consumer, rank=0, timeout_s=60.0)
 
 
 class Reference:

@@ -8,18 +8,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
 from kdflow.teacher import Teacher
-from kdflow.teacher.base import TeacherRings
-from kdflow.transport import HiddenRing, HiddenStatesClient, RequestRing, request_bytes
 from kdflow.types import Microbatch, Sample
 from support.sglang import MODELS
-from support.sglang_engine import Reference, assert_rows, needs_sglang, random_ids, started
+from support.sglang_engine import Reference, assert_rows, client_of, needs_sglang, random_ids, started
 
 pytestmark = needs_sglang
 CHUNK = 64
@@ -57,23 +54,6 @@ def make_microbatches() -> list[Microbatch]:
             samples.append(Sample(random_ids(1000 + 10 * number + index, length), mask, index))
         made.append(Microbatch.pack(samples))
     return made
-
-
-@contextmanager
-def client_of(teacher: Teacher, *, num_slots: int, tokens: int) -> Iterator[HiddenStatesClient]:
-    """A student's end; leaving it lets the teacher's `serve` return."""
-    with (
-        RequestRing.create(name="requests", num_slots=num_slots, slot_bytes=request_bytes(tokens)) as requests,
-        HiddenRing.create(
-            name="hidden", num_slots=num_slots, slot_bytes=tokens * teacher.hidden_size * teacher.dtype.itemsize
-        ) as hidden,
-    ):
-        teacher.attach(TeacherRings(requests.handle, (hidden.handle,), "host", 60.0))
-        with (
-            HiddenRing.attach(hidden.handle, role="consumer") as consumer,
-            RequestRing.attach(requests.handle, role="producer") as producer,
-        ):
-            yield HiddenStatesClient(producer, consumer, rank=0, timeout_s=60.0)
 
 
 def test_sixty_four_in_flight(served: tuple[Teacher, Reference]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from kdflow.algorithms import Algorithm
 from kdflow.config import OptimizerConfig, StudentConfig
 from kdflow.modeling import forward_hidden_states, head_options, load_causal_lm, resolve_dtype, to_device
+from kdflow.student.mixed_precision import LowPrecisionCopies
 from kdflow.student.rows import RowsToDevice, TeacherRows
 from kdflow.types import LMHead, LossRows, Microbatch
 from kdflow_kernels import KDLossOutput
@@ -91,17 +93,19 @@ class FSDP2Student:
         model = load_causal_lm(config.model, torch.float32).train()
         self.module = _StudentModule(model, algorithm, teacher_head, device).to(device)
         compute_dtype = resolve_dtype(config.compute_dtype, device)
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-        mesh = init_device_mesh(device.type, (self.num_ranks,), mesh_dim_names=("shard",))
-        # A single rank frees nothing by giving gathered weights back between forward and backward but
-        # their low-precision copy, and would cast them anew.
-        keep_gathered = self.num_ranks == 1
         layers = model.base_model.layers
-        for index, layer in enumerate(layers):
-            if config.activation_checkpointing:
-                layer = layers[index] = checkpoint_wrapper(layer)
-            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
-        fully_shard(self.module, mesh=mesh, mp_policy=policy)
+        if config.activation_checkpointing:
+            for index, layer in enumerate(layers):
+                layers[index] = checkpoint_wrapper(layer)
+        self._copies = None
+        if self.num_ranks == 1:  # nothing to shard, and FSDP would copy every weight and gradient several times
+            self._copies = LowPrecisionCopies(self.module, compute_dtype)
+        else:
+            policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+            mesh = init_device_mesh(device.type, (self.num_ranks,), mesh_dim_names=("shard",))
+            for layer in layers:
+                fully_shard(layer, mesh=mesh, mp_policy=policy)
+            fully_shard(self.module, mesh=mesh, mp_policy=policy)
         self._config = optimizer
         self._num_steps = num_steps
         self.optimizer = _adamw(self.module, optimizer)
@@ -121,14 +125,16 @@ class FSDP2Student:
             num_items: loss tokens of the whole step, over all ranks and microbatches.
             last: the step's last microbatch; gradients are reduced with it alone.
         """
-        module = cast(FSDPModule, self.module)
-        module.set_requires_gradient_sync(last)
-        if self.num_ranks == 1:
-            module.set_reshard_after_backward(last)
-        # FSDP averages gradients over ranks; the sum over ranks is wanted.
-        output = self.module(microbatch, teacher_rows, num_items / self.num_ranks, True)
-        output.loss.backward()
+        if self._copies is None:
+            cast(FSDPModule, self.module).set_requires_gradient_sync(last)
+        with self._computing():
+            # FSDP averages gradients over ranks; the sum over ranks is wanted.
+            output = self.module(microbatch, teacher_rows, num_items / self.num_ranks, True)
+            output.loss.backward()
         return output
+
+    def _computing(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._copies is None else self._copies.in_place()
 
     def optimizer_step(
         self, index: int, accept: Callable[[torch.Tensor], bool] = lambda norm: True
@@ -146,12 +152,14 @@ class FSDP2Student:
         config = self._config
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), config.max_grad_norm)
         learning_rate = config.learning_rate * lr_factor(index, config, self._num_steps)
-        assert isinstance(norm, DTensor)
-        norm = norm.full_tensor()
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if accept(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
+            if self._copies is not None:
+                self._copies.outdate()
         self.optimizer.zero_grad()
         return norm, learning_rate
 
@@ -159,7 +167,8 @@ class FSDP2Student:
     def evaluate(self, microbatch: Microbatch, teacher_rows: TeacherRows, *, num_items: float) -> KDLossOutput:
         """Sums of KL and cross-entropy over the microbatch's rows, divided by `num_items`."""
         self.module.eval()
-        output = self.module(microbatch, teacher_rows, num_items, False)
+        with self._computing():
+            output = self.module(microbatch, teacher_rows, num_items, False)
         self.module.train()
         return output
 

@@ -14,7 +14,7 @@ from kdflow.data import pack_step, training_steps
 from kdflow.student import export_model
 from kdflow.student.fsdp2 import lr_factor
 from support.ranks import run_on_ranks
-from support.student import CONFIG, Rows, load_samples, make_student
+from support.student import CONFIG, Rows, load_samples, make_student, whole
 from support.tiny import make_config
 
 
@@ -39,11 +39,11 @@ def train(folder: Path, model: str, num_samples: int, budget: int, num_steps: in
             )
             loss += output.loss.detach()
         if step.index == 0:
-            gradients = {n: p.grad.full_tensor().clone() for n, p in student.model.named_parameters()}
+            gradients = {n: whole(p.grad).clone() for n, p in student.model.named_parameters()}
         dist.all_reduce(loss)
         losses.append(loss.item() / dist.get_world_size())
         student.optimizer_step(step.index)
-    weights = {n: p.full_tensor().detach() for n, p in student.model.named_parameters()}
+    weights = {n: whole(p.detach()).clone() for n, p in student.model.named_parameters()}
     return losses, weights, gradients
 
 

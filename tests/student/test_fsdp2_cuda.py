@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from kdflow.data import pack_step
 from kdflow.launcher.rank import process_group
-from support.student import CPU, Rows, load_samples, make_student
+from support.student import CPU, Rows, load_samples, make_student, whole
 from support.tiny import make_config
 
 pytestmark = pytest.mark.gpu
@@ -45,9 +45,9 @@ def one_step(folder: Path, model: str, device: torch.device, compute_dtype: str)
             )
             loss += output.loss.detach()
         named = list(student.model.named_parameters())
-        gradients = {n: p.grad.full_tensor().float().cpu().clone() for n, p in named if p.grad is not None}
+        gradients = {n: whole(p.grad).float().cpu().clone() for n, p in named if p.grad is not None}
         norm, _ = student.optimizer_step(1)
-        weights = {n: p.full_tensor().detach().cpu() for n, p in named}
+        weights = {n: whole(p.detach()).cpu().clone() for n, p in named}
         return loss.item(), norm.item(), gradients, weights
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from kdflow.algorithms import ALGORITHMS, ModelInfo
 from kdflow.config import AlgorithmConfig, DataConfig, OptimizerConfig, StudentConfig, TeacherConfig
@@ -31,6 +32,11 @@ def make_student(
         device=device,
         num_steps=num_steps,
     )
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor gathered from all ranks, where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Rows:

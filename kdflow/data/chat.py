@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,6 +59,16 @@ class ChatTokenizer:
         self._tokenizer = tokenizer
         self._loss_roles = frozenset(loss_roles)
         self._loss_turns = loss_turns
+
+    def fingerprint(self) -> str:
+        """Changes with what this makes of a conversation."""
+        decides = [
+            self._tokenizer.backend_tokenizer.to_str(),
+            self._tokenizer.chat_template,
+            sorted(self._loss_roles),
+            self._loss_turns,
+        ]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     def encode(self, messages: Sequence[Message], sample_id: int) -> Sample:
         """One conversation as a sample.

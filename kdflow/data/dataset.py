@@ -48,15 +48,16 @@ def load_datasets(config: DataConfig, tokenizer: Any, seed: int) -> tuple[Datase
     Raises:
         DataError: a source is missing, empty or unusable.
     """
+    chat = ChatTokenizer(tokenizer, loss_roles=config.loss_roles, loss_turns=config.loss_turns)
     sources, parts, first_row = config.train_sources(), [], 0
     for item in sources:
-        store = _open_store(item.source, config, tokenizer)
+        store = _open_store(item.source, config, chat)
         parts.append(_Part(store, np.arange(len(store)), first_row))
         first_row += store.report.num_rows
     if config.num_eval_samples == 0:
         return _dataset(sources, parts), None
     if config.eval is not None:
-        store = _open_store(config.eval, config, tokenizer)
+        store = _open_store(config.eval, config, chat)
         chosen = _Part(store, _choose(store, config.num_eval_samples, seed), 0)
         return _dataset(sources, parts), _dataset([DataSource(config.eval)], [chosen])
     kept, held_out = [], []
@@ -111,22 +112,19 @@ class _Part(SampleView):
         return DatasetReport(num_rows, len(self), *self.store.count(self.indices), num_truncated=0, skipped={})
 
 
-def _open_store(name: str, config: DataConfig, tokenizer: Any) -> TokenStore:
+def _open_store(name: str, config: DataConfig, chat: ChatTokenizer) -> TokenStore:
     source = open_source(name)
     decides = {
         "format": FORMAT,
         "rows": source.fingerprint(),
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "chat_template": tokenizer.chat_template,
+        "chat": chat.fingerprint(),
         "max_length": config.max_length,
         "long_samples": config.long_samples,
-        "loss_roles": sorted(config.loss_roles),
-        "loss_turns": config.loss_turns,
         "teacher_context": config.teacher_context,
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
     return open_or_write(
-        cache_folder(config), key, lambda writer: tokenize_rows(source.rows(), tokenizer, config, name, writer.add)
+        cache_folder(config), key, lambda writer: tokenize_rows(source.rows(), chat, config, name, writer.add)
     )
 
 
@@ -137,14 +135,14 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 def tokenize_rows(
-    rows: Iterable[Row], tokenizer: Any, config: DataConfig, source: str, add: Callable[[Sample], object]
+    rows: Iterable[Row], chat: ChatTokenizer, config: DataConfig, source: str, add: Callable[[Sample], object]
 ) -> DatasetReport:
     """Tokenises rows and hands them to `add`, some at a time; those that cannot enter the loss are skipped and counted.
 
     Raises:
         DataError: there are no rows, or none can be used.
     """
-    work = _Work(ChatTokenizer(tokenizer, loss_roles=config.loss_roles, loss_turns=config.loss_turns), config)
+    work = _Work(chat, config)
     numbered = enumerate(rows)
     while chunk := list(islice(numbered, _ROWS_AT_A_TIME)):
         for sample in work.samples(chunk):

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -88,17 +88,27 @@ class StoreWriter:
 
 
 class TokenStore(SampleView):
-    """The samples of a folder that a StoreWriter filled."""
+    """The samples of a folder that a StoreWriter filled.
+
+    Raises:
+        DataError: files are cut short.
+    """
 
     def __init__(self, folder: Path) -> None:
-        values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        self.digest: str = values.pop("digest")
-        self.report = DatasetReport(**values)
-        self._index = _mapped(folder / "index.bin", np.int64).reshape(-1, 4)
-        self._sides = [
-            (_mapped(folder / f"{side}input_ids.bin", np.int32), _mapped(folder / f"{side}loss_mask.bin", np.bool_))
-            for side in _SIDES
-        ]
+        try:
+            values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            self.digest: str = values.pop("digest")
+            self.report = DatasetReport(**values)
+            self._index = _mapped(folder / "index.bin", np.int64, 4 * self.report.num_samples).reshape(-1, 4)
+            self._sides = [
+                (
+                    _mapped(folder / f"{side}input_ids.bin", np.int32, end),
+                    _mapped(folder / f"{side}loss_mask.bin", np.bool_, end),
+                )
+                for side, end in zip(_SIDES, self._index[-1, :2].tolist(), strict=True)
+            ]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise DataError(f"data: the token store {folder} is damaged ({error}): delete it") from None
 
     def __len__(self) -> int:
         return len(self._index)
@@ -123,8 +133,11 @@ class TokenStore(SampleView):
         return student if teacher is None else Sample(student.input_ids, student.loss_mask, row, teacher)
 
 
-def _mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
-    if path.stat().st_size == 0:  # nothing cannot be mapped
+def _mapped(path: Path, dtype: type[np.generic], count: int) -> np.ndarray:
+    expected, size = count * np.dtype(dtype).itemsize, path.stat().st_size
+    if size != expected:
+        raise ValueError(f"{path.name} has {size} bytes instead of {expected}")
+    if count == 0:  # nothing cannot be mapped
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, mode="r").view(np.ndarray)
 
@@ -138,11 +151,11 @@ def open_or_write(cache: Path, key: str, write: Callable[[StoreWriter], DatasetR
     Raises:
         DataError: the folder cannot be written.
     """
-    folder = cache / key
+    folder, draft = cache / key, cache / f"{key}.{uuid.uuid4().hex}"
     if not folder.exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=cache))
+            draft.mkdir()
         except OSError as error:
             raise DataError(f"data.cache_dir: {cache} cannot be written: {error}; choose another folder") from None
         try:

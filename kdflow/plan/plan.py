@@ -182,9 +182,9 @@ class _Planner:
 
     def _prefill_s(self, piece: Piece) -> float:
         teacher, item = self._teacher, self._machine.item
-        alone = self._seconds(work.forward_work(teacher, piece.lengths, item))
+        alone = self._seconds(work.forward_work(teacher, piece.teacher_lengths, item))
         # Two sums over the shards of a layer's output, each sent and received once.
-        summed = 4 * teacher.num_layers * piece.num_tokens * teacher.hidden_size * item
+        summed = 4 * teacher.num_layers * sum(piece.teacher_lengths) * teacher.hidden_size * item
         exchange = summed * (self._shards - 1) / self._shards / self._machine.rates.node_bytes
         return alone / self._shards + exchange
 

@@ -15,10 +15,11 @@ from kdflow.types import Sample
 
 @dataclass(frozen=True)
 class Piece:
-    """What one rank takes at a time."""
+    """What one rank takes at a time; `teacher_lengths` are other ones where the teacher has a context of its own."""
 
     lengths: tuple[int, ...]
     num_rows: int
+    teacher_lengths: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -96,7 +97,7 @@ def _by_step(ranks: Sequence[Sequence[Step]]) -> tuple[tuple[tuple[Piece, ...], 
     """Ranks have as many microbatches in each step."""
     return tuple(
         tuple(
-            tuple(Piece(m.sequence_lengths, m.num_loss_tokens) for m in microbatches)
+            tuple(Piece(m.sequence_lengths, m.num_loss_tokens, m.for_teacher().sequence_lengths) for m in microbatches)
             for microbatches in zip(*(step.microbatches for step in steps), strict=True)
         )
         for steps in zip(*ranks, strict=True)

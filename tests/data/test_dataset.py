@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from kdflow.config import DataConfig, DataSource
-from kdflow.data import load_datasets
+from kdflow.data import ChatTokenizer, load_datasets
 from kdflow.data.dataset import tokenize_rows
 from kdflow.data.report import DatasetReport
+from kdflow.data.store import StoreWriter, open_or_write
 from kdflow.errors import DataError
 from kdflow.types import Sample
 from support.tiny import make_tokenizer
@@ -32,7 +33,7 @@ def tokenizer():
 
 def tokenize(rows: list[dict], tokenizer, **options) -> tuple[list[Sample], DatasetReport]:
     kept: list[Sample] = []
-    report = tokenize_rows(rows, tokenizer, DataConfig(train="x", **options), "x", kept.append)
+    report = tokenize_rows(rows, ChatTokenizer(tokenizer), DataConfig(train="x", **options), "x", kept.append)
     return kept, report
 
 
@@ -208,6 +209,39 @@ def test_cache_that_cannot_be_written(tokenizer, tmp_path: Path) -> None:
     config = DataConfig(write(tmp_path / "a.jsonl", ["a"]), cache_dir=str(tmp_path / "a.jsonl" / "cache"))
     with pytest.raises(DataError, match=r"data\.cache_dir: .* cannot be written.*choose another folder"):
         load_datasets(config, tokenizer, 0)
+
+
+def test_two_that_write_the_same_store(tmp_path: Path) -> None:
+    sample = Sample(np.arange(5, dtype=np.int32), np.arange(5) > 2, 0)
+    report = DatasetReport(1, 1, 5, 2, 0, {})
+
+    def write_one(writer: StoreWriter) -> DatasetReport:
+        writer.add(sample)
+        return report
+
+    def write_while_another_does(writer: StoreWriter) -> DatasetReport:
+        open_or_write(tmp_path, "key", write_one)
+        return write_one(writer)
+
+    assert same(open_or_write(tmp_path, "key", write_while_another_does)[0], sample)
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_damaged_store(tmp_path: Path) -> None:
+    def write_two(writer: StoreWriter) -> DatasetReport:
+        for number in range(2):
+            writer.add(Sample(np.arange(5, dtype=np.int32), np.arange(5) > 2, number))
+        return DatasetReport(2, 2, 10, 4, 0, {})
+
+    open_or_write(tmp_path, "key", write_two)
+    for name in ("input_ids.bin", "index.bin", "report.json"):
+        path = tmp_path / "key" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2 - 1])
+        with pytest.raises(DataError, match=r"key is damaged .*: delete it"):
+            open_or_write(tmp_path, "key", write_two)
+        path.write_bytes(whole)
+    assert len(open_or_write(tmp_path, "key", write_two)) == 2
 
 
 def test_a_crash_leaves_no_store(tokenizer, tmp_path: Path) -> None:

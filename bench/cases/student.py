@@ -7,7 +7,8 @@ less the percent of the floor. The other rows say what packing is worth: the sam
 samples of a microbatch padded to the longest, and a model under autocast as one usually writes it.
 
 Its other cases are packing alone: steps of 4 (the quickstart's own), 16 and 32 samples, packed, and in one batch padded
-to the longest sample, tokens/s of the samples' own tokens.
+to the longest sample, tokens/s of the samples' own tokens. The loss gets the same rows of both; the last provider gives
+it all positions of the padded batch, as one does who takes a model's logits and ignores labels.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ PROVIDERS = (
 PACKING = (
     Provider("bare loop, packed", f"{MODULE}:packed", "ours"),
     Provider("bare loop, one padded batch", f"{MODULE}:padded_batches"),
+    Provider("bare loop, one padded batch, every position in the loss", f"{MODULE}:padded_logits"),
 )
 
 

@@ -181,7 +181,7 @@ def padded(params: Params) -> Trial:
     return _trial(job, lambda: loop.run(loop.padded_rows))
 
 
-def padded_batches(params: Params) -> Trial:
+def padded_batches(params: Params, *, every_position: bool = False) -> Trial:
     """The same with whole batches of samples, as one trains without packing, in the place of packed microbatches."""
     job = load_job(params)
     steps = [
@@ -190,8 +190,13 @@ def padded_batches(params: Params) -> Trial:
     ]
     batches, device = replace(job, steps=tuple(steps)), torch.device(params["device"])
     model = AutoModelForCausalLM.from_pretrained(str(Path(job.config.student.model).expanduser()), dtype=job.dtype)
-    loop = _Loop(batches, device, model, job.dtype)
+    loop = _Loop(batches, device, model, job.dtype, every_position=every_position)
     return _trial(batches, lambda: loop.run(loop.padded_rows))
+
+
+def padded_logits(params: Params) -> Trial:
+    """The same with all positions in the loss, most of them ignored there, as where a model's own logits are used."""
+    return padded_batches(params, every_position=True)
 
 
 def autocast(params: Params) -> Trial:
@@ -207,9 +212,15 @@ def autocast(params: Params) -> Trial:
 
 
 class _Loop:
-    """Forward, fused loss, backward, clipping and AdamW without anything around them."""
+    """Forward, fused loss, backward, clipping and AdamW without anything around them.
 
-    def __init__(self, job: Job, device: torch.device, model: Any, dtype: torch.dtype) -> None:
+    With ``every_position`` the loss gets each position of a padded batch, not its loss rows alone.
+    """
+
+    def __init__(
+        self, job: Job, device: torch.device, model: Any, dtype: torch.dtype, *, every_position: bool = False
+    ) -> None:
+        self._every_position = every_position
         self._job, self._device = job, device
         self._model = model.to(device).train()
         self._parameters = list(self._model.parameters())
@@ -235,9 +246,28 @@ class _Loop:
         output = self._model.base_model(
             input_ids=to_device(ids, self._device), attention_mask=to_device(mask, self._device), use_cache=False
         )
+        hidden = output.last_hidden_state.flatten(0, 1)
+        return hidden if self._every_position else hidden[self._places(microbatch)]
+
+    def _places(self, microbatch: Microbatch) -> torch.Tensor:
+        """Where the loss rows are in a padded batch."""
+        longest, starts = max(microbatch.sequence_lengths), np.cumsum((0, *microbatch.sequence_lengths[:-1]))
         sample = np.searchsorted(starts, microbatch.loss_rows, side="right") - 1
-        places = sample * longest + microbatch.loss_rows - starts[sample]
-        return output.last_hidden_state.flatten(0, 1)[to_device(places, self._device)]
+        return to_device(sample * longest + microbatch.loss_rows - starts[sample], self._device)
+
+    def _targets(self, number: int, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Teacher rows and labels, for the positions that the loss gets."""
+        rows, labels = self._rows[number], to_device(microbatch.shift_labels(), self._device)
+        if not self._every_position:
+            return rows, labels
+        places, num_places = (
+            self._places(microbatch),
+            len(microbatch.sequence_lengths) * max(microbatch.sequence_lengths),
+        )
+        all_labels = torch.full((num_places,), -100, dtype=labels.dtype, device=self._device)
+        all_rows = torch.zeros((num_places, rows.shape[1]), dtype=rows.dtype, device=self._device)
+        all_labels[places], all_rows[places] = labels, rows
+        return all_rows, all_labels
 
     def run(self, rows: Callable[[Microbatch], torch.Tensor]) -> float:
         first = self._step(self._job.measured_steps[0], rows, 0)
@@ -251,12 +281,13 @@ class _Loop:
         head, options = self._model.get_output_embeddings().weight, self._job.config.optimizer
         total = torch.zeros((), device=self._device)
         for number, microbatch in enumerate(step.microbatches, start=first):
+            teacher_rows, labels = self._targets(number, microbatch)
             loss = fused_kd_loss(
                 rows(microbatch).to(self._dtype),
                 head.to(self._dtype),
-                self._rows[number],
+                teacher_rows,
                 self._teacher_head.weight,
-                to_device(microbatch.shift_labels(), self._device),
+                labels,
                 num_items=step.num_loss_tokens,
             ).loss
             loss.backward()

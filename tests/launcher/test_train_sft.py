@@ -41,7 +41,7 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         "training.save_every": 10,
         "training.keep_last": 2,
         "training.keep_best": "true",
-        "optimizer.learning_rate": 3e-2,
+        "optimizer.learning_rate": 3e-3,
     }
     config = load_config(None, [f"--{name}={value}" for name, value in options.items()])
     said: list[str] = []

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from io import StringIO
 
@@ -10,7 +11,7 @@ from kdflow.observe import Progress
 from kdflow.observe.progress import RECENT_STEPS, TimeLeft
 from kdflow.training import EvalMetrics, StepMetrics
 
-STEP = StepMetrics(**{field.name: 1.5 for field in fields(StepMetrics)})
+STEP = StepMetrics(**{**{field.name: 1.5 for field in fields(StepMetrics)}, "num_skipped": 0})
 
 
 def left(times: list[float], num_steps: int) -> list[float]:
@@ -38,3 +39,17 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     assert second == (
         "eval after 3 steps: KL(teacher||student) 0.5000 nats  perplexity 2.72  top-1 agreement 25.0%  (100 tokens)"
     )
+
+
+def test_what_there_is_only_with_a_teacher_is_left_out_without() -> None:
+    out = StringIO()
+    progress = Progress(4, first_step=0, log_every=1, console=Console(file=out))
+    progress.on_step(replace(STEP, step=1, teacher_tokens_per_s=0.0, num_skipped=1))
+    progress.on_eval(EvalMetrics(1, math.nan, 1.0, 2.71828, math.nan, 100, 1.0))
+    progress.on_warning("no room")
+    progress.close()
+    step, evaluation, warning = out.getvalue().splitlines()
+    assert "teacher" not in step
+    assert step.endswith("skipped 1")
+    assert evaluation == "eval after 1 steps: perplexity 2.72  (100 tokens)"
+    assert warning == "warning: no room"

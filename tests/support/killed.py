@@ -47,6 +47,7 @@ def _start(config_file: str, *, resume: bool) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         try:
             run(load_config(config_file, ["--resume=true"] if resume else []), say=lambda text: None)
             code = 0

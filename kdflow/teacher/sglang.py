@@ -6,6 +6,7 @@ This process takes requests and hands them to the engine, many at a time; no hid
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -35,6 +36,7 @@ T = TypeVar("T")
 
 OLDEST = "0.5.18"
 _TICK_S = 0.25
+_CLOSE_S = 10.0
 
 # Options of the engine that teacher.engine_args may not set, and why.
 _OWN = {
@@ -103,13 +105,10 @@ class SGLangTeacher:
         return self._loop.run_until_complete(watched())
 
     async def _watch(self) -> None:
-        import psutil
-
-        # Schedulers and detokenizer, by the names that they give themselves.
-        processes = {p: p.name() for p in psutil.Process().children(recursive=True) if p.name().startswith("sglang::")}
+        processes = _engine_processes()
         while not self._death.done():
             for process, name in processes.items():
-                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                if _has_ended(process):
                     self._mourn(f"{name} (process {process.pid}) of the SGLang engine ended")
             await asyncio.sleep(_TICK_S)
 
@@ -235,9 +234,14 @@ class SGLangTeacher:
         return [torch.tensor([p for p, *_ in r["meta_info"]["input_token_logprobs"][1:]]) for r in replies]
 
     def close(self) -> None:
+        import psutil
+
         if self._requests is not None:
             self._requests.close()
+        processes = _engine_processes()
         self._engine.shutdown()
+        # Reaped here, or the next engine of this process would take the remains for its own.
+        psutil.wait_procs(processes, timeout=_CLOSE_S)
 
 
 def split(microbatch: Microbatch, errand: Errand) -> tuple[list[np.ndarray], list[Errand]]:
@@ -349,6 +353,27 @@ def _start_engine(options: dict[str, Any]) -> Any:
 
         return HookedEngine(**options)
     return Engine(**options)
+
+
+def _engine_processes() -> dict[Any, str]:
+    """Schedulers and detokenizer below this process (psutil's), by the names that they give themselves."""
+    import psutil
+
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if (name := process.name()).startswith("sglang::"):
+                found[process] = name
+    return found
+
+
+def _has_ended(process: Any) -> bool:
+    import psutil
+
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _has_plugins() -> bool:

@@ -25,7 +25,8 @@ class Provider:
     ``entry`` is ``"module:function"``; the function takes the case's params and returns a Trial.
     It is imported only in the provider's own process, so a provider that cannot be imported loses
     its row and nothing else. ``env`` is added to that process's environment. ``device_mib`` is
-    about what that process takes of a GPU's memory.
+    about what that process takes of a GPU's memory. ``apart`` is for one whose processes go on
+    working between its repetitions: it is measured after the others, beside floors alone.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Provider:
     role: Role = "peer"
     env: tuple[tuple[str, str], ...] = ()
     device_mib: float = 0.0
+    apart: bool = False
 
 
 @dataclass(frozen=True)

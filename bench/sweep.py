@@ -78,25 +78,31 @@ def run_case(case: Case, settings: Settings, *, say: Callable[[str], None]) -> l
     rows: dict[str, Row] = {}
     for index, group in enumerate(groups):
         if len(groups) > 1:
-            say(f"{case.name}: group {index + 1} of {len(groups)}, for want of memory")
+            say(f"{case.name}: group {index + 1} of {len(groups)}")
         for row in _run_group(case, group, settings, say):
             rows.setdefault(row.provider, row)
     return [rows[provider.name] for provider in case.providers]
 
 
 def _groups(case: Case) -> list[Sequence[Provider]]:
-    """The providers in groups whose processes fit into memory together, floors in each."""
+    """The providers in groups whose processes fit into memory together and leave one another alone, floors in each."""
     floors = [provider for provider in case.providers if provider.role == "floor"]
-    others = [provider for provider in case.providers if provider not in floors]
+    apart = [provider for provider in case.providers if provider.apart]
+    together = [provider for provider in case.providers if not provider.apart]
+    return _fitting_groups(case, floors, together) + [[*floors, provider] for provider in apart]
+
+
+def _fitting_groups(case: Case, floors: list[Provider], providers: list[Provider]) -> list[Sequence[Provider]]:
+    others = [provider for provider in providers if provider not in floors]
     if _is_on_gpu(case):
         free = GPU_SHARE * free_device_mib(case.params["device"])
         free -= sum(provider.device_mib for provider in floors)
         return [floors + group for group in _packed(others, free)]
     fits = max(2, int(0.8 * available_mib() / case.worker_mib))
-    if len(case.providers) <= fits:
-        return [case.providers]
+    if len(providers) <= fits:
+        return [providers]
     floors = floors[: fits - 1]
-    others = [provider for provider in case.providers if provider not in floors]
+    others = [provider for provider in providers if provider not in floors]
     size = fits - len(floors)
     return [floors + others[start : start + size] for start in range(0, len(others), size)]
 

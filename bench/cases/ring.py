@@ -25,7 +25,7 @@ QUEUES = (
     Provider("torch.multiprocessing", f"{MODULE}:torch_multiprocessing"),
     Provider("pyzmq ipc", f"{MODULE}:zmq_ipc"),
 )
-RAY = Provider("ray", f"{MODULE}:ray_objects", env=(("RAY_AUTH_MODE", "disabled"),))
+RAY = Provider("ray", f"{MODULE}:ray_objects", env=(("RAY_AUTH_MODE", "disabled"),), apart=True)
 COPIES = (
     Provider("memcpy", f"{MODULE}:memcpy", "floor"),
     Provider("torch copy_", f"{MODULE}:torch_copy", "floor"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,20 @@ def test_providers_that_do_not_fit_together_run_in_groups() -> None:
     names = ("sleeps", "sleeps_twice_as_long", "measures_itself")
     rows = run(case(provider(names[0], "floor"), *map(provider, names[1:]), worker_mib=1e9))
     assert all(rows[name].status == "ok" and rows[name].floor == "sleeps" for name in names)
+
+
+def test_a_provider_apart_starts_when_the_others_have_gone() -> None:
+    apart = replace(provider("sleeps_twice_as_long"), apart=True)
+    said: list[str] = []
+    rows = run_case(
+        case(provider("sleeps", "floor"), apart, provider("unavailable")), Settings(reps=1), say=said.append
+    )
+    assert [text for text in said if "starting" in text] == [
+        "a case: starting sleeps, unavailable",
+        "a case: starting sleeps, sleeps_twice_as_long",
+    ]
+    assert [row.provider for row in rows] == ["sleeps", "sleeps_twice_as_long", "unavailable"]
+    assert rows[1].floor_percent is not None
 
 
 def test_closing_a_worker_ends_what_it_started() -> None:

@@ -51,8 +51,28 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on a frozen student, through peft.
+
+    Args:
+        rank: Of the adapters; 0 trains all weights instead.
+        alpha: Adapters count alpha / rank times.
+        dropout: Of what goes into them.
+        target_modules: Names of the layers that get one; none is every linear layer but the head.
+        quantization: Of the frozen base: nf4 (QLoRA) needs a GPU, bitsandbytes and a single rank; none keeps it in
+            compute_dtype.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=list)
+    quantization: Literal["none", "nf4"] = "none"
+
+
+@dataclass(frozen=True)
 class StudentConfig:
-    """The model that is trained, under FSDP2.
+    """The model that is trained, under FSDP2; docs/student.md says more.
 
     Args:
         model: Local folder or hub id; its weights are where training starts.
@@ -60,7 +80,12 @@ class StudentConfig:
         device: Where the student trains; auto takes GPUs if there are any.
         num_ranks: Processes that share the student (one a GPU).
         num_threads: CPU threads of each rank; 0 divides the cores among the ranks.
-        activation_checkpointing: Recompute each layer in backward instead of keeping its activations.
+        replicate: Replicas of the student, each sharded over num_ranks / replicate ranks (HSDP).
+        activation_checkpointing: What backward recomputes instead of keeping it: none of a layer, all of it (full), or
+            what lies between its matrix products and attention (selective).
+        cpu_offload: Weights, gradients and optimizer state stay in host memory, and the optimizer steps there.
+        compile: torch.compile for each layer.
+        lora: Adapters on a frozen student in place of training all of it.
     """
 
     model: str
@@ -68,7 +93,11 @@ class StudentConfig:
     device: Device = "auto"
     num_ranks: int = 1
     num_threads: int = 0
-    activation_checkpointing: bool = False
+    replicate: int = 1
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    cpu_offload: bool = False
+    compile: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)
@@ -148,13 +177,15 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and a cosine or constant schedule.
+    """AdamW with linear warm-up and a schedule.
 
     Args:
         learning_rate: At its highest.
-        schedule: After the warm-up.
+        schedule: After the warm-up: cosine and linear fall to the floor over all steps, constant does not fall, and wsd
+            (warm-up, stable, decay) falls linearly over the last ones.
         warmup_steps: Steps of linear warm-up.
-        min_lr_ratio: Where the cosine ends, as a part of learning_rate.
+        min_lr_ratio: The floor, as a part of learning_rate.
+        decay_ratio: Part of the steps over which wsd falls.
         betas: Of AdamW.
         eps: Of AdamW.
         weight_decay: Decoupled; on matrices only.
@@ -162,9 +193,10 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 1e-5
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0
+    decay_ratio: float = 0.2
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -278,6 +310,8 @@ class RunConfig:
             "teacher.check_every": 0,
             "student.num_ranks": 1,
             "student.num_threads": 0,
+            "student.replicate": 1,
+            "student.lora.rank": 0,
             "data.num_eval_samples": 0,
             "data.max_length": 2,
             "training.num_steps": 0,
@@ -307,8 +341,10 @@ class RunConfig:
             _check(name, value := _get(self, name), value >= low, f"at least {low}")
         for name in above_zero:
             _check(name, value := _get(self, name), 0 < value < math.inf, "more than 0")
-        ratio = self.optimizer.min_lr_ratio
-        _check("optimizer.min_lr_ratio", ratio, 0 <= ratio <= 1, "between 0 and 1")
+        for name in ("optimizer.min_lr_ratio", "optimizer.decay_ratio", "student.lora.dropout"):
+            _check(name, part := _get(self, name), 0 <= part <= 1, "between 0 and 1")
+        ranks, replicas = self.student.num_ranks, self.student.replicate
+        _check("student.replicate", replicas, ranks % replicas == 0, f"a divisor of the {ranks} ranks")
         _check_data(self.data)
         if self.training.keep_best and self.data.num_eval_samples == 0:
             raise ConfigError(

@@ -3,6 +3,7 @@
 from kdflow.modeling.attention import PACKED_ATTENTION
 from kdflow.modeling.decoder import forward_hidden_states, head_options
 from kdflow.modeling.loading import (
+    empty_causal_lm,
     hide_progress_bars,
     load_causal_lm,
     load_decoder,
@@ -16,6 +17,7 @@ from kdflow.modeling.prune import prune_layers
 
 __all__ = [
     "PACKED_ATTENTION",
+    "empty_causal_lm",
     "forward_hidden_states",
     "head_options",
     "hide_progress_bars",

@@ -63,13 +63,26 @@ def load_tokenizer(model: str) -> Any:
         raise ConfigError(f"tokenizer of {model}: {str(error).splitlines()[0]}") from None
 
 
-def load_causal_lm(model: str, dtype: torch.dtype) -> Any:
+def load_causal_lm(model: str, dtype: torch.dtype, **options: Any) -> Any:
     """The model on the CPU, in eval mode, ready for packed samples.
+
+    Args:
+        options: further ones of `from_pretrained`.
 
     Raises:
         ConfigError: no such model, or weights that cannot be read.
     """
-    return _load(AutoModelForCausalLM, model, dtype)
+    return _load(AutoModelForCausalLM, model, dtype, **options)
+
+
+def empty_causal_lm(model: str, dtype: torch.dtype) -> Any:
+    """The model without its weights; to be called under `torch.device("meta")`.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    config = load_model_config(model)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED_ATTENTION)
 
 
 def load_decoder(model: str, dtype: torch.dtype) -> Any:
@@ -81,10 +94,12 @@ def load_decoder(model: str, dtype: torch.dtype) -> Any:
     return _load(AutoModel, model, dtype)
 
 
-def _load(auto_class: Any, model: str, dtype: torch.dtype) -> Any:
+def _load(auto_class: Any, model: str, dtype: torch.dtype, **options: Any) -> Any:
     load_model_config(model)
     try:
-        loaded = auto_class.from_pretrained(_source(model), dtype=dtype, attn_implementation=PACKED_ATTENTION)
+        loaded = auto_class.from_pretrained(
+            _source(model), dtype=dtype, attn_implementation=PACKED_ATTENTION, **options
+        )
     except (OSError, SafetensorError) as error:
         raise _unreadable(model, error) from None
     return loaded.eval()

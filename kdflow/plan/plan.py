@@ -166,7 +166,7 @@ class _Planner:
     def _costs(self, piece: Piece) -> Costs:
         student, item = self._student, self._machine.item
         forward = self._seconds(work.forward_work(student, piece.lengths, item))
-        checkpointing = self._config.student.activation_checkpointing
+        checkpointing = self._config.student.activation_checkpointing == "full"
         backward = work.backward_work(student, piece.lengths, item, recomputed=checkpointing)
         backward += work.accumulation_work(student.num_params, item)
         # Layers are gathered while others compute; a rank sends all but its own part.
@@ -219,7 +219,7 @@ class _Planner:
             num_microbatches=num_microbatches,
             item=machine.item,
             teacher_item=machine.item,
-            checkpointing=config.student.activation_checkpointing,
+            checkpointing=config.student.activation_checkpointing == "full",
             on_gpu=machine.on_gpu,
             ring_bytes=float(slots * self._teacher.hidden_size * machine.item) if machine.on_gpu else 0.0,
             process_bytes=machine.rates.process_bytes,

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from kdflow.errors import CheckpointError
 from kdflow.modeling import load_model_config, load_tokenizer
 from kdflow.student.fsdp2 import FSDP2Student
+from kdflow.student.lora import has_lora, lora_scaling, merge_lora, save_adapter
 
 # Of a weight in a checkpoint: the part of the state, then the model's place in the student's module.
 _PREFIX = "model.model."
@@ -28,12 +29,16 @@ _PREFIX = "model.model."
 def export_model(student: FSDP2Student, tokenizer: Any, folder: Path) -> None:
     """Safetensors in bfloat16, config, generation config, tokenizer and chat template.
 
-    Every rank calls it; rank 0 writes.
+    Adapters are merged into their base, and lie in `adapter` besides. Every rank calls it; rank 0 writes.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(student.model, options=options)
     if dist.get_rank() == 0:
-        tensors = {n: w.to(torch.bfloat16) for n, w in weights.items() if isinstance(w, torch.Tensor)}
+        tensors = {n: w for n, w in weights.items() if isinstance(w, torch.Tensor)}
+        if has_lora(student.model):
+            save_adapter(student.model, tensors, folder / "adapter")
+            tensors = merge_lora(tensors, lora_scaling(student.model))
+        tensors = {n: w.to(torch.bfloat16) for n, w in tensors.items()}
         _write(student.model.config, student.model.generation_config, tensors, tokenizer, folder)
     dist.barrier()
 

@@ -7,22 +7,30 @@ the loss and reduce its gradient after it, tied or untied. Fetching the head fro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from kdflow.algorithms import Algorithm
 from kdflow.config import OptimizerConfig, StudentConfig
-from kdflow.modeling import forward_hidden_states, head_options, load_causal_lm, resolve_dtype, to_device
+from kdflow.modeling import (
+    empty_causal_lm,
+    forward_hidden_states,
+    head_options,
+    load_causal_lm,
+    resolve_dtype,
+    to_device,
+)
+from kdflow.student.lora import add_lora, check_quantization, quantization_options
 from kdflow.student.mixed_precision import LowPrecisionCopies
+from kdflow.student.optimizer import adamw, lr_factor
 from kdflow.student.rows import RowsToDevice, TeacherRows
+from kdflow.student.sharding import decoder_layers, fill_from_first_rank, make_mesh, shard, wrap_layers
 from kdflow.types import LMHead, LossRows, Microbatch
 from kdflow_kernels import KDLossOutput
 
@@ -76,7 +84,7 @@ class FSDP2Student:
         num_steps: where the schedule ends.
 
     Raises:
-        ConfigError: no such model.
+        ConfigError: no such model, or options that it cannot have.
     """
 
     def __init__(
@@ -89,26 +97,31 @@ class FSDP2Student:
         device: torch.device,
         num_steps: int,
     ) -> None:
-        self.num_ranks = torch.distributed.get_world_size()
-        model = load_causal_lm(config.model, torch.float32).train()
-        self.module = _StudentModule(model, algorithm, teacher_head, device).to(device)
+        self.num_ranks = dist.get_world_size()
         compute_dtype = resolve_dtype(config.compute_dtype, device)
-        layers = model.base_model.layers
-        if config.activation_checkpointing:
-            for index, layer in enumerate(layers):
-                layers[index] = checkpoint_wrapper(layer)
+        check_quantization(config, device, self.num_ranks)
+        whole = self.num_ranks == 1  # on every rank; otherwise rank 0 alone has it, and the others its shape
+        source: Any = _load(config, device, compute_dtype) if dist.get_rank() == 0 else None
+        model: Any = source if whole else _shell(config, compute_dtype)
+        layers = decoder_layers(model)
+        wrap_layers(layers, config)
+        self.module = _StudentModule(model.train(), algorithm, teacher_head, device)
         self._copies = None
-        if self.num_ranks == 1:  # nothing to shard, and FSDP would copy every weight and gradient several times
-            self._copies = LowPrecisionCopies(self.module, compute_dtype)
+        if whole and not config.cpu_offload:
+            # FSDP would have nothing to shard, and copy every weight and gradient several times.
+            self._copies = LowPrecisionCopies(self.module.to(device), compute_dtype)
         else:
-            policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-            mesh = init_device_mesh(device.type, (self.num_ranks,), mesh_dim_names=("shard",))
-            for layer in layers:
-                fully_shard(layer, mesh=mesh, mp_policy=policy)
-            fully_shard(self.module, mesh=mesh, mp_policy=policy)
+            mesh = make_mesh(config, device)
+            shard(self.module, layers, config, mesh=mesh, compute_dtype=compute_dtype)
+        if not whole:
+            # Weights by their names in the whole module, of which the model is all that has any.
+            whole_module = None if source is None else torch.nn.ModuleDict({"model": source})
+            fill_from_first_rank(self.module, whole_module, device, cpu_offload=config.cpu_offload)
+            if source is not None:
+                model.generation_config = source.generation_config
         self._config = optimizer
         self._num_steps = num_steps
-        self.optimizer = _adamw(self.module, optimizer)
+        self.optimizer = adamw(self.module, optimizer)
 
     @property
     def model(self) -> Any:
@@ -173,27 +186,17 @@ class FSDP2Student:
         return output
 
 
-def lr_factor(step: int, config: OptimizerConfig, num_steps: int) -> float:
-    """Learning rate of a step as a part of the highest one."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
-        return 1.0
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine
+def _load(config: StudentConfig, device: torch.device, compute_dtype: torch.dtype) -> Any:
+    options = quantization_options(config, device, compute_dtype)
+    model = load_causal_lm(config.model, torch.float32, **options)
+    if config.lora.rank:
+        add_lora(model, config, compute_dtype)
+    return model
 
 
-def _adamw(module: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+def _shell(config: StudentConfig, compute_dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        model = empty_causal_lm(config.model, torch.float32)
+        if config.lora.rank:
+            add_lora(model, config, compute_dtype)
+    return model

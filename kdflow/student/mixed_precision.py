@@ -21,8 +21,8 @@ class LowPrecisionCopies:
 
     def __init__(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
         self._places: list[tuple[torch.nn.Module, str, int]] = []
-        self._weights: list[torch.nn.Parameter] = []
-        self._copies: list[torch.nn.Parameter] = []
+        self._weights: list[torch.Tensor] = []
+        self._copies: list[torch.Tensor] = []
         self._versions: list[int] | None = None
         found: dict[torch.nn.Parameter, int] = {}  # tied weights have one copy in several places
         for owner in module.modules():
@@ -62,7 +62,7 @@ class LowPrecisionCopies:
         versions = [weight._version for weight in self._weights]
         if versions != self._versions:
             with torch.no_grad():
-                torch._foreach_copy_(self._copies, self._weights)
+                torch._foreach_copy_(self._copies, self._weights)  # pyright: ignore[reportPrivateImportUsage]
             self._versions = versions
         self._put(self._copies)
         try:
@@ -70,6 +70,6 @@ class LowPrecisionCopies:
         finally:
             self._put(self._weights)
 
-    def _put(self, parameters: list[torch.nn.Parameter]) -> None:
+    def _put(self, parameters: list[torch.Tensor]) -> None:
         for owner, name, index in self._places:
             setattr(owner, name, parameters[index])

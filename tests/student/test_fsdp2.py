@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from kdflow.config import OptimizerConfig
 from kdflow.data import pack_step, training_steps
 from kdflow.student import export_model
-from kdflow.student.fsdp2 import lr_factor
+from kdflow.student.optimizer import lr_factor
 from support.ranks import run_on_ranks
 from support.student import CONFIG, Rows, load_samples, make_student, whole
 from support.tiny import make_config
@@ -105,7 +105,7 @@ def test_training_with_options_stays_the_same(tiny: Path, tmp_path: Path) -> Non
     """Checkpointed activations change memory only; bfloat16 follows float32 loosely."""
     model = str(tiny / "student")
     (plain,) = run_on_ranks(1, tmp_path / "plain", train, tiny, model, 4, 200, 6, {})
-    (saved,) = run_on_ranks(1, tmp_path / "ac", train, tiny, model, 4, 200, 6, {"activation_checkpointing": True})
+    (saved,) = run_on_ranks(1, tmp_path / "ac", train, tiny, model, 4, 200, 6, {"activation_checkpointing": "full"})
     (low,) = run_on_ranks(1, tmp_path / "bf16", train, tiny, model, 4, 200, 6, {"compute_dtype": "bfloat16"})
     np.testing.assert_allclose(saved[0], plain[0], rtol=1e-5)
     np.testing.assert_allclose(low[0], plain[0], rtol=0.05)
@@ -155,3 +155,11 @@ def test_learning_rate() -> None:
     assert factors[20] == pytest.approx(0.1)
     constant = OptimizerConfig(schedule="constant", warmup_steps=1)
     assert [lr_factor(s, constant, 9) for s in (0, 1, 8)] == [0.5, 1.0, 1.0]
+
+
+def test_other_schedules() -> None:
+    """Linear falls from the warm-up's end; wsd stays up and falls over the last steps; both end at the floor."""
+    linear = OptimizerConfig(schedule="linear", warmup_steps=2, min_lr_ratio=0.2)
+    assert [lr_factor(s, linear, 10) for s in (0, 1, 2, 6, 10)] == pytest.approx([1 / 3, 2 / 3, 1.0, 0.6, 0.2])
+    wsd = OptimizerConfig(schedule="wsd", warmup_steps=2, min_lr_ratio=0.1, decay_ratio=0.4)
+    assert [lr_factor(s, wsd, 10) for s in (1, 2, 6, 8, 10)] == pytest.approx([2 / 3, 1.0, 1.0, 0.55, 0.1])

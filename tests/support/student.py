@@ -21,12 +21,18 @@ CONFIG = {"ce_weight": 0.3, "temperature": 1.5}
 
 
 def make_student(
-    model: str, teacher: str, *, num_steps: int = 8, device: torch.device = CPU, **options: Any
+    model: str,
+    teacher: str,
+    *,
+    num_steps: int = 8,
+    learning_rate: float = 3e-3,
+    device: torch.device = CPU,
+    **options: Any,
 ) -> FSDP2Student:
     info = ModelInfo("tiny", {}, 384)
     return FSDP2Student(
         StudentConfig(model, compute_dtype=options.pop("compute_dtype", "float32"), **options),
-        OptimizerConfig(learning_rate=3e-3, warmup_steps=1),
+        OptimizerConfig(learning_rate=learning_rate, warmup_steps=1),
         algorithm=ALGORITHMS.get("vanilla")(AlgorithmConfig(**CONFIG), student=info, teacher=info),
         teacher_head=load_lm_head(teacher, torch.float32).to(device),
         device=device,

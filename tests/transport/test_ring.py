@@ -16,6 +16,8 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +131,42 @@ def test_put_that_does_not_fit_leaves_the_ticket(ring: HiddenRing) -> None:
         producer.put(torch.ones(1))
     with pytest.raises(RingTimeout, match="alive as consumer"):
         producer.put(torch.ones(1), timeout_s=0.05)
+
+
+def free_huge_pages() -> int:
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("HugePages_Free")), 0)
+
+
+@pytest.mark.parametrize("options", [{"numa_node": 0}, {"huge_pages": True}], ids=["NUMA node", "huge pages"])
+def test_memory_of_a_kind(options: dict[str, Any]) -> None:
+    if "huge_pages" in options and free_huge_pages() < 4:
+        with pytest.raises(TransportError, match=r"vm\.nr_hugepages"):
+            HiddenRing.create(name="kind", num_slots=1 << 10, slot_bytes=2 << 20, **options)
+        pytest.skip("needs four free huge pages: sysctl vm.nr_hugepages=4")
+    try:
+        ring = HiddenRing.create(name="kind", num_slots=2, slot_bytes=4096, **options)
+    except TransportError as error:  # as in a container without CAP_SYS_NICE
+        if "not permitted" not in str(error):
+            raise
+        pytest.skip(str(error))
+    producer = HiddenRing.attach(ring.handle, role="producer")
+    consumer = HiddenRing.attach(ring.handle, role="consumer", guard=True)
+    for value in range(5):
+        producer.put(torch.full((512,), value))
+        with consumer.receive() as received:
+            assert received.tensor().tolist() == [value] * 512
+    maps = Path("/proc/self/numa_maps").read_text(encoding="ascii")
+    ours = [line for line in maps.splitlines() if "memfd:kind" in line]
+    expected = "prefer:0" if "numa_node" in options else "kernelpagesize_kB=2048"
+    assert any(expected in line for line in ours)
+
+
+def test_numa_nodes_that_are_not_there() -> None:
+    with pytest.raises(TransportError, match=r"numa_node: expected a node with memory .*, got 900"):
+        HiddenRing.create(name="kind", num_slots=1, slot_bytes=64, numa_node=900)
+    with pytest.raises(ValueError, match="numa_node: no node -1"):
+        HiddenRing.create(name="kind", num_slots=1, slot_bytes=64, numa_node=-1)
 
 
 @pytest.mark.parametrize("excess", [0, 1, 63, 64, 4095])

@@ -51,7 +51,9 @@ class Segment {
   static Segment create(const std::string& name, std::size_t bytes, const SegmentOptions& options) {
     UniqueFd fd = make_memfd(name, options.huge_pages);
     if (::ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0) throw_errno(name + ": ftruncate");
-    Segment segment(name, std::move(fd), bytes);
+    const std::string remedy =
+        options.huge_pages ? "; raise vm.nr_hugepages or pass huge_pages=False" : "; use fewer or smaller slots";
+    Segment segment(name, std::move(fd), bytes, remedy);  // huge pages are taken from their pool here
     if (options.numa_node) segment.prefer_node(*options.numa_node);
     // Every page exists from here on: too little memory is this error, not a SIGBUS in the middle
     // of a run.
@@ -60,9 +62,7 @@ class Segment {
     }
     if (error != 0) {
       errno = error;
-      throw_errno(
-          name + ": cannot allocate " + std::to_string(bytes) + " bytes of shared memory" +
-          (options.huge_pages ? "; raise vm.nr_hugepages or pass huge_pages=False" : "; use fewer or smaller slots"));
+      throw_errno(name + ": cannot allocate " + std::to_string(bytes) + " bytes of shared memory" + remedy);
     }
     if (::fcntl(segment.fd(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
       throw_errno(name + ": cannot seal the memfd");
@@ -100,11 +100,12 @@ class Segment {
   }
 
  private:
-  Segment(const std::string& name, UniqueFd fd, std::size_t bytes) : fd_(std::move(fd)), bytes_(bytes) {
+  Segment(const std::string& name, UniqueFd fd, std::size_t bytes, const std::string& remedy = "")
+      : fd_(std::move(fd)), bytes_(bytes) {
     base_ = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_.get(), 0);
     if (base_ == MAP_FAILED) {
       base_ = nullptr;
-      throw_errno(name + ": cannot map " + std::to_string(bytes) + " bytes");
+      throw_errno(name + ": cannot map " + std::to_string(bytes) + " bytes" + remedy);
     }
   }
 
@@ -124,7 +125,7 @@ class Segment {
     if (node < 0 || bit >= 16 * kBits) throw std::invalid_argument("numa_node: no node " + std::to_string(node));
     mask[bit / kBits] = 1ul << (bit % kBits);
     if (::syscall(SYS_mbind, base_, bytes_, MPOL_PREFERRED, mask, 16 * kBits, 0) != 0) {
-      throw_errno("numa_node=" + std::to_string(node));
+      throw_errno("numa_node: expected a node with memory that this process may use, got " + std::to_string(node));
     }
   }
 

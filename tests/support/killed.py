@@ -24,14 +24,15 @@ def run_killed(config_file: str, num_kills: int, seed: int) -> None:
     folder = Path(load_config(config_file).output_dir)
     num_half_written = 0
     for number in range(num_kills):
+        file, _ = _told(folder)
         pid = _start(config_file, resume=number > 0)
+        _wait(pid, lambda file=file: _told(folder)[0] != file)  # what was left half written is gone by now
         if number % 2:  # while a checkpoint is written, from its first file to some time after its last
             _wait(pid, lambda: _half_written(folder))
-            time.sleep(chance.uniform(0.0, 0.03))
-        else:
-            lines, size = folder / "metrics.jsonl", _size(folder / "metrics.jsonl")
-            _wait(pid, lambda lines=lines, size=size: _size(lines) > size)
-            time.sleep(chance.uniform(0.0, 0.3))
+        else:  # some steps on
+            step = _told(folder)[1] + chance.randint(1, 4)
+            _wait(pid, lambda step=step: _told(folder)[1] >= step)
+        time.sleep(chance.uniform(0.0, 0.015))
         os.kill(pid, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "it came to its end before it was killed"
         num_half_written += _half_written(folder)
@@ -68,5 +69,7 @@ def _half_written(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("writing-*"))
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+def _told(folder: Path) -> tuple[int, int]:
+    """Which file the metrics are in, and how many steps they tell of."""
+    path = folder / "metrics.jsonl"
+    return (path.stat().st_ino, path.read_text().count("\n")) if path.is_file() else (0, 0)

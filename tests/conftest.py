@@ -11,12 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-CACHE = tempfile.TemporaryDirectory(prefix="kdflow-tests-")
-os.environ["XDG_CACHE_HOME"] = CACHE.name  # tokenised sources, of these processes and those that they start
-
 import pytest
 import torch
 from filelock import FileLock
+
+CACHE = tempfile.TemporaryDirectory(prefix="kdflow-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name  # tokenised sources, of these processes and those that they start
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -24,7 +24,7 @@ PROVIDERS = (
     Provider("autocast loop, packed", f"{MODULE}:autocast"),
 )
 PACKING = (
-    Provider("bare loop, packed", f"{MODULE}:packed", "ours"),
+    *PROVIDERS[:2],
     Provider("bare loop, one padded batch", f"{MODULE}:padded_batches"),
     Provider("bare loop, one padded batch, every position in the loss", f"{MODULE}:padded_logits"),
 )

@@ -14,17 +14,29 @@ def balance(loads: Sequence[float], num_bins: int) -> list[list[int]]:
     Karp 1982, for several bins). A load is so placed against others of its size, where the greedy way, longest first
     into the lightest bin, looks at what is there alone.
     """
-    # Spread of a partition, its number, and its bins from the lightest one on: sum and indices.
-    heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []
-    for number, load in enumerate(loads):
-        heap.append((-load, number, [(0.0, [])] * (num_bins - 1) + [(load, [number])]))
+    # Spread of a partition, its number, and those of its bins that hold anything, from the lightest one on.
+    heap: list[tuple[float, int, list[_Bin]]] = [(-load, i, [(load, [i])]) for i, load in enumerate(loads)]
     heapq.heapify(heap)
-    number = len(heap)
-    while len(heap) > 1:
+    for number in range(len(loads), 2 * len(loads) - 1):
         _, _, first = heapq.heappop(heap)
         _, _, second = heapq.heappop(heap)
-        joined = [(a + b, x + y) for (a, x), (b, y) in zip(first, reversed(second), strict=True)]
-        joined.sort(key=lambda part: part[0])
-        heapq.heappush(heap, (joined[0][0] - joined[-1][0], number, joined))
-        number += 1
-    return [indices for _, indices in reversed(heap[0][2])]
+        joined = _join(first, second, num_bins)
+        lightest = joined[0][0] if len(joined) == num_bins else 0.0
+        heapq.heappush(heap, (lightest - joined[-1][0], number, joined))
+    filled = [indices for _, indices in reversed(heap[0][2])]
+    return filled + [[] for _ in range(num_bins - len(filled))]
+
+
+_Bin = tuple[float, list[int]]
+
+
+def _join(first: list[_Bin], second: list[_Bin], num_bins: int) -> list[_Bin]:
+    """The heaviest bin of one to the lightest of the other, and so on; empty bins, which are left out, are the lightest."""
+    heaviest_first = second[::-1]
+    num_empty = num_bins - len(first)
+    met = heaviest_first[num_empty:]
+    joined = heaviest_first[:num_empty]
+    joined += [(a + b, x + y) for (a, x), (b, y) in zip(first, met, strict=False)]
+    joined += first[len(met) :]
+    joined.sort(key=lambda part: part[0])
+    return joined

@@ -31,7 +31,7 @@ _Bin = tuple[float, list[int]]
 
 
 def _join(first: list[_Bin], second: list[_Bin], num_bins: int) -> list[_Bin]:
-    """The heaviest bin of one to the lightest of the other, and so on; empty bins, which are left out, are the lightest."""
+    """The heaviest bin of one to the lightest of the other, and so on. Empty bins are the lightest, and left out."""
     heaviest_first = second[::-1]
     num_empty = num_bins - len(first)
     met = heaviest_first[num_empty:]

@@ -67,7 +67,7 @@ def _export(arguments: Sequence[str]) -> int:
     config = load_config(run / CONFIG_FILE)
     checkpoint = CheckpointFolder(run / "checkpoints").find(options.checkpoint)
     output = Path(options.output) if options.output else run / "exports" / checkpoint.path.name
-    export_checkpoint(checkpoint.path, config.student.model, output)
+    export_checkpoint(checkpoint.path, config.student, output)
     print(f"{output}: step {checkpoint.info.num_steps_done} of {run}")
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -73,6 +73,17 @@ class Algorithm(Protocol):
     ) -> KDLossOutput:
         """KL(teacher || student) in `kd_loss` (NaN without a teacher) and cross-entropy in `ce_loss`."""
         ...
+
+
+def side_arguments(side: str, rows: LossRows) -> dict[str, Any]:
+    """What fused_kd_loss is told of "student" or "teacher"."""
+    return {
+        f"{side}_input": rows.hidden,
+        f"{side}_weight": rows.head.weight,
+        f"{side}_bias": rows.head.bias,
+        f"{side}_logit_scale": rows.head.logit_scale,
+        f"{side}_softcap": rows.head.softcap,
+    }
 
 
 ALGORITHMS: Registry[type[Algorithm]] = Registry(

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from kdflow.algorithms.base import ALGORITHMS, ModelInfo
+from kdflow.algorithms.base import ALGORITHMS, ModelInfo, side_arguments
 from kdflow.config import AlgorithmConfig
 from kdflow.types import LossRows
 from kdflow_kernels import KDLossOutput, fused_kd_loss
@@ -35,14 +35,10 @@ class SFT:
         num_items: float,
     ) -> KDLossOutput:
         return fused_kd_loss(
-            student.hidden,
-            student.head.weight,
-            None,
-            None,
-            shift_labels,
-            student_bias=student.head.bias,
-            student_logit_scale=student.head.logit_scale,
-            student_softcap=student.head.softcap,
+            **side_arguments("student", student),
+            teacher_input=None,
+            teacher_weight=None,
+            shift_labels=shift_labels,
             num_items=num_items,
             kd_weight=0.0,
             ce_weight=1.0,

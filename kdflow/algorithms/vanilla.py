@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from kdflow.algorithms.base import ALGORITHMS, ModelInfo
+from kdflow.algorithms.base import ALGORITHMS, ModelInfo, side_arguments
 from kdflow.config import AlgorithmConfig
 from kdflow.errors import ConfigError
 from kdflow.types import LossRows
@@ -66,16 +66,8 @@ class Vanilla:
     def _tensors(self, student: LossRows, teacher: LossRows, shift_labels: torch.Tensor) -> dict[str, Any]:
         """What both calls say of the two sides."""
         return {
-            "student_input": student.hidden,
-            "student_weight": student.head.weight,
-            "student_bias": student.head.bias,
-            "student_logit_scale": student.head.logit_scale,
-            "student_softcap": student.head.softcap,
-            "teacher_input": teacher.hidden,
-            "teacher_weight": teacher.head.weight,
-            "teacher_bias": teacher.head.bias,
-            "teacher_logit_scale": teacher.head.logit_scale,
-            "teacher_softcap": teacher.head.softcap,
+            **side_arguments("student", student),
+            **side_arguments("teacher", teacher),
             "shift_labels": shift_labels,
             "vocab_size": self._vocab_size,
             "chunk_size": self._config.chunk_size,

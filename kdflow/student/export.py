@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from kdflow.config import StudentConfig
 from kdflow.errors import CheckpointError
 from kdflow.modeling import load_model_config, load_tokenizer
 from kdflow.student.fsdp2 import FSDP2Student
@@ -43,11 +44,13 @@ def export_model(student: FSDP2Student, tokenizer: Any, folder: Path) -> None:
     dist.barrier()
 
 
-def export_checkpoint(checkpoint: Path, model: str, folder: Path) -> None:
-    """The same from a checkpoint, by one process that needs neither GPU nor memory for more than bfloat16 weights.
+def export_checkpoint(checkpoint: Path, student: StudentConfig, folder: Path) -> None:
+    """The same from a checkpoint, by one process that needs no GPU. Adapters are merged, and not written besides.
+
+    It holds the weights in bfloat16 once; with adapters in float32.
 
     Args:
-        model: that the student started from; its config and tokenizer are those of the student.
+        student: of the run. The model that it started from must still be there, for its config and tokenizer.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or `folder` holds something.
@@ -55,6 +58,7 @@ def export_checkpoint(checkpoint: Path, model: str, folder: Path) -> None:
     """
     if folder.exists() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} is not empty: choose another --output, or remove it")
+    model, lora = student.model, student.lora
     config, tokenizer = load_model_config(model), load_tokenizer(model)
     try:
         generation = GenerationConfig.from_pretrained(str(Path(model).expanduser()) if model[:1] == "~" else model)
@@ -62,7 +66,10 @@ def export_checkpoint(checkpoint: Path, model: str, folder: Path) -> None:
         generation = GenerationConfig.from_model_config(config)
     aside = folder.with_name(f"writing-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    _write(config, generation, read_weights(checkpoint, torch.bfloat16), tokenizer, aside)
+    weights = read_weights(checkpoint, torch.float32 if lora.rank else torch.bfloat16)
+    if lora.rank:
+        weights = {n: w.to(torch.bfloat16) for n, w in merge_lora(weights, lora.alpha / lora.rank).items()}
+    _write(config, generation, weights, tokenizer, aside)
     if folder.exists():
         folder.rmdir()
     aside.rename(folder)

@@ -10,7 +10,8 @@ from kdflow.transport.channel import (
 from kdflow.transport.cuda import RingChoice, choose_ring, cuda_available, cuda_unavailable_reason
 from kdflow.transport.cuda_ring import CudaReadSlot, CudaRing, CudaWriteSlot
 from kdflow.transport.hidden import Seats, attach_hidden_ring, choose_hidden_ring, create_hidden_ring
-from kdflow.transport.ring import HiddenRing, ReadSlot, RequestRing, RingStats, WriteSlot
+from kdflow.transport.ring import HiddenRing, RequestRing, RingStats
+from kdflow.transport.slots import ReadSlot, WriteSlot
 
 __all__ = [
     "CudaReadSlot",

@@ -19,7 +19,8 @@ import numpy as np
 from kdflow.errors import PeerDied, RingCorrupt, RingTimeout, TransportError
 from kdflow.tracing import OFF, Trace
 from kdflow.transport.cuda_ring import CudaRing
-from kdflow.transport.ring import HiddenRing, ReadSlot, RequestRing
+from kdflow.transport.ring import HiddenRing, RequestRing
+from kdflow.transport.slots import ReadSlot
 from kdflow.types import Microbatch
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from kdflow import _ring
 from kdflow.errors import TransportError
 from kdflow.transport.cuda import describe_array, device_ordinal, stream_handle
-from kdflow.transport.ring import _DTYPES, _NAMES, ReadSlot, Role, WriteSlot, _Ring, _Slot
+from kdflow.transport.ring import Role, _Ring
+from kdflow.transport.slots import DTYPE_NAMES, DTYPES, ReadSlot, Slot, WriteSlot
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ class SlotArray:
         lease = self._slot._held_lease()
         code, bits = lease.dtype
         if code not in _TYPESTR_KINDS:
-            raise AttributeError(f"{_NAMES[lease.dtype]} has no typestr; use DLPack")
+            raise AttributeError(f"{DTYPE_NAMES[lease.dtype]} has no typestr; use DLPack")
         order = "|" if bits == 8 else "<"
         return {
             "version": 3,
@@ -66,7 +67,7 @@ class SlotArray:
         return self._slot._held_lease().dlpack(self._slot._ordinal)
 
 
-class _CudaSlot(_Slot):
+class _CudaSlot(Slot):
     """What the slots of both sides share. `stream` is the one that their last use is enqueued on."""
 
     _lease: Any  # _ring.StreamLease
@@ -96,11 +97,11 @@ class _CudaSlot(_Slot):
     def _in_place(self) -> torch.Tensor:
         import torch
 
-        name = _NAMES[self._lease.dtype]
+        name = DTYPE_NAMES[self._lease.dtype]
         if not name.startswith("float8"):
             return torch.from_dlpack(self._lease.dlpack(self._ordinal))
         dtype, shape = self._lease.dtype, self._lease.shape  # not every torch reads these from DLPack
-        self._lease.set_shape(*_DTYPES["uint8"], list(shape))
+        self._lease.set_shape(*DTYPES["uint8"], list(shape))
         try:
             raw = torch.from_dlpack(self._lease.dlpack(self._ordinal))
         finally:
@@ -111,7 +112,7 @@ class _CudaSlot(_Slot):
         import torch
 
         device = torch.device("cuda", self._ordinal)
-        tensor = torch.empty(self._lease.shape, dtype=getattr(torch, _NAMES[self._lease.dtype]), device=device)
+        tensor = torch.empty(self._lease.shape, dtype=getattr(torch, DTYPE_NAMES[self._lease.dtype]), device=device)
         if self.stream != stream_handle(None, self._ordinal):
             tensor.record_stream(torch.cuda.ExternalStream(self.stream, device=device))
         return tensor

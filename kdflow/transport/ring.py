@@ -14,57 +14,17 @@ The protocol is csrc/include/kdflow/ring.hpp, its description docs/ring.md. Torc
 from __future__ import annotations
 
 import os
-import sys
-import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from kdflow import _ring
-from kdflow.errors import TransportError
+from kdflow.transport.slots import ReadSlot, WriteSlot, dtype_code, is_plain
 
 if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
 Role = Literal["producer", "consumer"]
-
-# DLPack type codes (dlpack.h, DLDataTypeCode) and bits.
-_DTYPES = {
-    "bool": (6, 8),
-    "uint8": (1, 8),
-    "uint16": (1, 16),
-    "uint32": (1, 32),
-    "uint64": (1, 64),
-    "int8": (0, 8),
-    "int16": (0, 16),
-    "int32": (0, 32),
-    "int64": (0, 64),
-    "float16": (2, 16),
-    "bfloat16": (4, 16),
-    "float32": (2, 32),
-    "float64": (2, 64),
-    "complex64": (5, 64),
-    "complex128": (5, 128),
-    "float8_e4m3fn": (10, 8),
-    "float8_e5m2": (12, 8),
-}
-_NAMES = {code: name for name, code in _DTYPES.items()}
-
-
-@cache
-def _dtype_code(dtype: torch.dtype | str) -> tuple[int, int]:
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
-    return _DTYPES[name]
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Is what lies at its address all there is to it?"""
-    return tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
 @dataclass(frozen=True)
@@ -94,204 +54,6 @@ class RingStats:
     aborted: int
     reclaimed: int
     lost: int
-
-
-class _Slot:
-    """A held slot. Views handed out are made useless when it is given back (see docs/ring.md)."""
-
-    _readonly: bool
-
-    def __init__(self, lease: _ring.Lease) -> None:
-        self._lease = lease
-        self._tensors: list[weakref.ref[torch.Tensor]] = []
-        self._buffers: list[memoryview] = []
-
-    @property
-    def ticket(self) -> int:
-        return self._lease.ticket
-
-    @property
-    def generation(self) -> int:
-        """Grows each time the slot is granted; never twice the same in one slot."""
-        return self._lease.generation
-
-    def _require_held(self) -> None:
-        if not self._lease.held:
-            raise TransportError(
-                f"ticket {self.ticket}: this slot was given back; its memory belongs to the next record. "
-                "Use the tensor inside the with block, or clone() it",
-                ticket=self.ticket,
-            )
-
-    def _torch_view(self) -> torch.Tensor:
-        import torch
-
-        name = _NAMES[self._lease.dtype]
-        if name.startswith("float8"):  # not every torch reads these from DLPack
-            shape = self._lease.shape
-            raw = torch.frombuffer(self._lease.bytes(readonly=False), dtype=torch.uint8)
-            tensor = raw.view(getattr(torch, name)).view(shape)
-        else:
-            tensor = torch.from_dlpack(self._lease.dlpack())
-        self._tensors.append(weakref.ref(tensor))
-        return tensor
-
-    def _byte_view(self) -> memoryview:
-        view = memoryview(self._lease.bytes(readonly=self._readonly))
-        self._buffers.append(view)
-        return view
-
-    def _revoke_views(self) -> None:
-        for view in self._buffers:
-            try:
-                view.release()
-            except BufferError:  # an array still exports it: only guard=True catches that one
-                continue
-        for reference in self._tensors:
-            if (tensor := reference()) is not None:
-                _empty_out(tensor)
-
-
-def _empty_out(tensor: torch.Tensor) -> None:
-    """Leave no element in it, and let a backward through it, or through a view of it, raise."""
-    torch = sys.modules["torch"]  # an import statement costs a microsecond a record
-    tensor.data = _nothing(tensor.dtype, tensor.device)
-    torch.autograd.graph.increment_version(tensor)
-
-
-@cache
-def _nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    import torch
-
-    return torch.empty(0, dtype=dtype, device=device)
-
-
-class WriteSlot(_Slot):
-    """A reserved slot: fill `tensor(shape, dtype)`, leave the block. An exception in it aborts the slot."""
-
-    _readonly = False
-
-    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Writable view of the slot, uninitialised. ValueError when it does not fit slot_bytes."""
-        self._set_shape(shape, dtype)
-        return self._torch_view()
-
-    def copy_from(self, source: torch.Tensor) -> None:
-        """Fill the slot with a tensor that is whole already; its shape and dtype become the record's.
-
-        From a contiguous CPU tensor this is one copy without the GIL, past the caches where the ring is larger than
-        they are: faster than `tensor(...).copy_(source)`, which reads memory that it is about to overwrite.
-        ValueError when it does not fit.
-        """
-        if _is_plain(source):
-            self._set_shape(source.shape, source.dtype)
-            self._lease.copy_from(source.data_ptr(), source.nbytes)
-        else:
-            self.tensor(source.shape, source.dtype).copy_(source)
-
-    def _set_shape(self, shape: Sequence[int], dtype: torch.dtype | str) -> None:
-        self._require_held()
-        self._lease.set_shape(*_dtype_code(dtype), list(shape))
-
-    def buffer(self, nbytes: int) -> memoryview:
-        """Writable bytes of the slot, for those who have no torch; the record is uint8 (nbytes,)."""
-        self._require_held()
-        self._lease.set_shape(*_DTYPES["uint8"], [nbytes])
-        return self._byte_view()
-
-    @property
-    def microbatch_id(self) -> int:
-        return self._lease.microbatch_id
-
-    @microbatch_id.setter
-    def microbatch_id(self, value: int) -> None:
-        self._lease.microbatch_id = value
-
-    @property
-    def tag(self) -> int:
-        """A number of the user's own."""
-        return self._lease.tag
-
-    @tag.setter
-    def tag(self, value: int) -> None:
-        self._lease.tag = value
-
-    def commit(self) -> None:
-        self._revoke_views()
-        self._lease.commit()
-
-    def abort(self, reason: str) -> None:
-        """Give the slot up; the consumer gets SlotAborted with this reason."""
-        self._revoke_views()
-        self._lease.abort(reason)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if not self._lease.held:
-            return
-        if exc_type is None:
-            self.commit()
-        else:
-            self.abort(f"{exc_type.__name__}: {exc}")
-
-
-class ReadSlot(_Slot):
-    """A received record: read `tensor()`, leave the block, and the slot is free for another record."""
-
-    _readonly = True
-
-    def tensor(self) -> torch.Tensor:
-        """View of the slot, to be read only. Valid until release."""
-        self._require_held()
-        return self._torch_view()
-
-    def buffer(self) -> memoryview:
-        """The record's bytes, read-only."""
-        self._require_held()
-        return self._byte_view()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._lease.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self._lease.nbytes
-
-    @property
-    def microbatch_id(self) -> int:
-        return self._lease.microbatch_id
-
-    @property
-    def tag(self) -> int:
-        return self._lease.tag
-
-    @property
-    def writer_pid(self) -> int:
-        return self._lease.writer_pid
-
-    def release(self) -> None:
-        self._revoke_views()
-        self._lease.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._lease.held:
-            self.release()
 
 
 class _Ring:
@@ -431,9 +193,9 @@ class HiddenRing(_Ring):
 
         Raises as reserve does; ValueError, and the ticket stays as it was, when the tensor does not fit.
         """
-        if not _is_plain(tensor):
+        if not is_plain(tensor):
             tensor = tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
-        code, bits = _dtype_code(tensor.dtype)
+        code, bits = dtype_code(tensor.dtype)
         self._native.put(ticket, timeout_s, code, bits, tensor.shape, tensor.data_ptr(), microbatch_id, tag)
 
     def receive(self, ticket: int | None = None, *, timeout_s: float = 30.0) -> ReadSlot:

@@ -13,7 +13,7 @@ from kdflow.config import LoraConfig, StudentConfig
 from kdflow.data import pack_step
 from kdflow.errors import ConfigError
 from kdflow.modeling import load_tokenizer
-from kdflow.student import export_model
+from kdflow.student import CheckpointFolder, CheckpointStore, export_checkpoint, export_model
 from kdflow.student.lora import check_quantization, has_lora, merge_lora
 from support.ranks import run_on_ranks
 from support.student import CPU, Rows, load_samples, make_student
@@ -35,6 +35,12 @@ def train_and_save(folder: Path, output: Path, compute_dtype: str):
     weights = get_model_state_dict(student.model, options=options)
     assert has_lora(student.model)
     export_model(student, load_tokenizer(str(folder / "student")), output)
+    checkpoints = CheckpointStore(output / "checkpoints", student)
+    checkpoints.save(2)
+    checkpoints.wait()
+    checkpoints.close()
+    newest = CheckpointFolder(output / "checkpoints").find(None)
+    export_checkpoint(newest.path, StudentConfig(str(folder / "student"), lora=lora), output / "from-checkpoint")
     return weights, merge_lora(weights, lora.alpha / lora.rank)
 
 
@@ -56,6 +62,10 @@ def test_adapter_and_merged_model_are_one(tiny: Path, tmp_path: Path) -> None:
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     for name, weight in exported.items():
         assert torch.equal(weight, merged[name].bfloat16()), name
+    later = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "from-checkpoint").state_dict()
+    assert later.keys() == exported.keys()
+    for name, weight in later.items():
+        assert torch.equal(weight, exported[name]), name
 
 
 def test_base_is_kept_in_the_compute_dtype(tiny: Path, tmp_path: Path) -> None:

@@ -24,12 +24,13 @@ inline void cpu_relax() {
 #endif
 }
 
-// How long to spin before sleeping: as long as recent waits took, if that is short; next to nothing otherwise.
-// A stream of records is then met without a system call, and a wait that will be long burns only kMin. Sleeping and
-// waking cost about kMax between cores, so spinning for longer never pays.
+// How long to spin before sleeping: twice as long as recent waits took, if that is short; next to nothing otherwise.
+// A stream of records is then met without a system call, and a wait that will be long burns only kMin. kMax lies above
+// what sleeping and waking take between cores (50 to 150 us where an idle virtual core halts): below it, a wait that
+// slept would count as one too long to spin for, so that the next slept too, and a stream once broken stayed slow.
 class SpinBudget {
  public:
-  static constexpr std::chrono::microseconds kMin{2}, kMax{100};
+  static constexpr std::chrono::microseconds kMin{2}, kMax{250};
 
   std::chrono::nanoseconds get() const { return std::chrono::nanoseconds(ns_.load(std::memory_order_relaxed)); }
 

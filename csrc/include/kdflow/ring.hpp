@@ -14,6 +14,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -377,6 +378,7 @@ class Ring {
     const Clock::time_point start = Clock::now();
     for (int spin = 1; spin % 32 != 0 || Clock::now() - start < budget.get(); ++spin) {
       cpu_relax();
+      if (spin % 32 == 0) std::this_thread::yield();  // the peer may be waiting for this very core
       if (!slots().changed(blocked.slot, blocked.seen)) continue;
       if (auto lease = attempt(blocked)) {
         budget.learn(Clock::now() - start);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -60,6 +61,14 @@ def plan_of(config: RunConfig, options: argparse.Namespace) -> Plan:
         ConfigError, DataError: an option or a model that cannot be, data that cannot be read.
     """
     _check(options)
+    if len(config.teachers) > 1:
+        raise ConfigError(
+            f"teachers: expected one, got {', '.join(sorted(config.teachers))}; the planner knows runs of one teacher "
+            "alone: plan with each of them as `teacher`, and add the heads of the others to a rank's memory"
+        )
+    if config.teachers:
+        (teacher,) = config.teachers.values()
+        config = replace(config, teacher=teacher, teachers={})
     if not config.teacher.model:
         raise ConfigError("teacher.model: a plan is one of teacher and student, and no teacher is given; name one")
     rates = load_rates(options.rates)

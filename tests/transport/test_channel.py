@@ -83,7 +83,7 @@ class Channel:
 
         threading.Thread(target=serve, daemon=True).start()
         self.client = HiddenStatesClient(
-            RequestRing.attach(self._requests.handle, role="producer"),
+            {"": RequestRing.attach(self._requests.handle, role="producer")},
             HiddenRing.attach(self._hidden.handle, role="consumer"),
             rank=0,
             timeout_s=10.0,

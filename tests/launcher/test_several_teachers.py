@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
@@ -14,7 +18,7 @@ from kdflow.config import RunConfig
 from kdflow.data import load_datasets, training_steps
 from kdflow.student import CheckpointFolder, read_weights
 from kdflow.types import Sample
-from support.run import metrics_of, train
+from support.run import command, metrics_of, train
 from support.tiny import VOCAB_SIZE, make_conversations
 
 NUM_STEPS = 6
@@ -175,6 +179,36 @@ def test_resumed_run_is_the_same_to_the_bit(make_config, straight: Path, tmp_pat
     found = [CheckpointFolder(Path(c.output_dir, "checkpoints")).find(None) for c in (one, resumed)]
     weights = [read_weights(c.path, torch.float32) for c in found]
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+
+
+def test_a_teacher_that_is_gone_is_named_while_the_other_lives(make_config) -> None:
+    """Math is started again when it is killed; code, which may not be, ends the run."""
+    config = make_config(code={"max_restarts": 0}, training__num_steps=500, training__save_every=0)
+
+    def kill(launcher: int, teacher: str) -> int:
+        workers = [p for p in psutil.Process(launcher).children() if "kdflow.teacher.worker" in p.cmdline()]
+        (worker,) = (
+            p for p in workers if json.loads(p.cmdline()[-1])["teacher"]["model"] == config.teachers[teacher].model
+        )
+        worker.send_signal(signal.SIGKILL)
+        return worker.pid
+
+    with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        killed, began = {}, 0.0
+        for line in process.stdout:
+            if line.startswith("step 2/"):
+                killed["math"] = kill(process.pid, "math")
+            if line.startswith("step 60/"):  # the slots hold requests of both: math answers again
+                killed["code"], began = kill(process.pid, "code"), time.monotonic()
+            if "is started again" in line:
+                assert f"teacher process {killed['math']} " in line
+        error = process.stderr.read()
+        assert process.wait(timeout=30) == 1
+    assert 0 < time.monotonic() - began < 30
+    assert f"teacher process {killed['code']} ended with signal 9" in error
+    assert "teacher-code-0.log" in error
 
 
 def test_ranks_have_different_teachers_at_the_same_time(make_config) -> None:

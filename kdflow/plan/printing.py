@@ -29,7 +29,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(_memory_table("memory of a student rank", plan.student_memory))
     for name, memory in plan.teacher_memory.items():
-        console.print(_memory_table(f"memory of a device of {named('teacher', name)}", memory))
+        console.print(_memory_table(f"memory of {named('teacher', name)}", memory))
     console.print(_time_table(plan))
     for line in summary(plan):
         console.print(line, highlight=False, soft_wrap=True)

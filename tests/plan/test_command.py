@@ -104,7 +104,7 @@ def test_several_teachers_are_all_counted(run_config, tiny: Path, tmp_path: Path
     assert re.match(r"teachers: ranks wait .* about \d+ workers of teacher math instead of 1", slow.bottleneck)
     text = StringIO()
     print_plan(found, Console(file=text, width=120))
-    for part in ("teacher math  ", "memory of a device of teacher code", "teacher code: prefill"):
+    for part in ("teacher math  ", "memory of teacher code", "teacher code: prefill"):
         assert part in text.getvalue()
 
 

@@ -193,7 +193,7 @@ class Trainer:
                     last=microbatch is step.microbatches[-1],
                 )
                 self._trace.phase("metrics")
-                totals.add(output, microbatch, prefill_s=pending.prefill_s, wait=teacher_rows)
+                totals.add(output, microbatch.teacher_name, prefill_s=pending.prefill_s, wait=teacher_rows)
         means: Means | None = None
         norm, finite = math.nan, False
 
@@ -262,7 +262,7 @@ class Trainer:
             with self._next(rows, microbatch) as pending:
                 received = partial(self._received, pending)
                 output = self._student.evaluate(microbatch, received, num_items=evaluation.num_loss_tokens)
-                totals.add(output, microbatch, prefill_s=pending.prefill_s)
+                totals.add(output, microbatch.teacher_name, prefill_s=pending.prefill_s)
         means = totals.reduce(loss_scale=1.0)
         ce_loss = means.values["ce_loss"]
         metrics = EvalMetrics(

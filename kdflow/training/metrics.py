@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from kdflow.types import Microbatch
 from kdflow_kernels import KDLossOutput
 
 
@@ -174,17 +173,14 @@ class Totals:
         self._waits: list[WaitTimer] = []
         self._start = time.perf_counter()
 
-    def add(
-        self, output: KDLossOutput, microbatch: Microbatch, *, prefill_s: float, wait: WaitTimer | None = None
-    ) -> None:
+    def add(self, output: KDLossOutput, teacher_name: str, *, prefill_s: float, wait: WaitTimer | None = None) -> None:
         """A microbatch whose losses are already divided by the tokens of the whole step."""
-        num_rows = microbatch.num_loss_tokens
         fields = output._asdict()
         sums = [fields[n].detach().float() for n in self._SUMS]
-        means = [fields[n].float() * num_rows for n in self._MEANS]
-        if num_rows == 0:  # means over nothing are undefined
-            means = [torch.zeros_like(m) for m in means]
-        self._values[self._row[microbatch.teacher_name]] += torch.stack(sums + means)
+        num_rows = output.num_tokens
+        # Means over nothing are undefined.
+        means = [torch.where(num_rows > 0, fields[n].float() * num_rows, 0.0) for n in self._MEANS]
+        self._values[self._row[teacher_name]] += torch.stack(sums + means)
         self._prefill_s += prefill_s
         if wait is not None:
             self._waits.append(wait)

@@ -29,7 +29,7 @@ from kdflow.plan import Plan, Rates, load_rates, make_plan, work
 from kdflow.plan.command import make_machine
 from kdflow.plan.plan import TAIL_STEPS, WARM_UP_STEPS, timed_steps
 from kdflow.plan.printing import print_plan
-from kdflow.plan.shapes import ModelShape, load_shape
+from kdflow.plan.shapes import ModelShape, load_shape, load_teachers
 from kdflow.plan.workload import Workload, data_workload
 
 MEASURED_RATES = ROOT / "build" / "rates.jsonl"
@@ -72,8 +72,9 @@ def _measure(device: str, console: Console) -> Path:
 
 
 def _plan(config: RunConfig, rates: Rates, workload: Workload) -> Plan:
-    shapes = load_shape(config.student.model), load_shape(config.teacher.model)
-    return make_plan(config, *shapes, workload, make_machine(config, rates))
+    return make_plan(
+        config, load_shape(config.student.model), load_teachers(config), workload, make_machine(config, rates)
+    )
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def compare_with(path: Path, rates: Rates) -> tuple[Plan, list[Error]]:
     assert ours.rate is not None
     assert ours.peak_mib is not None
     plan = _plan(config, replace(rates, matmul_flops=flops / floor.median_s), workload)
-    both = plan.student_memory.total + plan.teacher_memory.total
+    both = plan.student_memory.total + plan.teacher_memory[""].total
     return plan, [
         Error("tokens/s", plan.tokens_per_s, ours.rate),
         Error(

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kdflow.errors import ConfigError
 from kdflow.registry import nearest
@@ -108,10 +109,12 @@ class DataSource:
         source: As `data.train`.
         weight: Its part of the samples drawn is weight / sum of weights. A source that comes to its end goes on in its
             next epoch, in a new order.
+        teacher: Which of `teachers` its samples learn from, where their rows do not say it.
     """
 
     source: str
     weight: float = 1.0
+    teacher: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class DataConfig:
     Args:
         train: A .jsonl, .jsonl.gz, .json or .parquet file, a folder of them or one written by `datasets`, a hub id
             (`id:split`), or `module.py:function` that returns an iterable of rows. Several are a list of
-            {source, weight}.
+            {source, weight, teacher}.
         eval: Held-out rows in the same forms; without it, `num_eval_samples` are taken from `train`.
         num_eval_samples: How many samples are held out and evaluated.
         max_length: Longest sample in tokens, on either side.
@@ -131,23 +134,33 @@ class DataConfig:
         loss_turns: Of these turns: all, or the last one alone.
         teacher_context: A system prompt for the teacher alone, before the row's own. The columns `teacher_system` and
             `teacher_messages` (the whole conversation as the teacher reads it) of a row go before it.
+        teacher_column: Name of a column that says which of `teachers` a row is for.
         cache_dir: Where tokenised sources are kept; none is $XDG_CACHE_HOME/kdflow/tokens or ~/.cache/kdflow/tokens.
     """
 
     train: list[DataSource | str] | str
-    eval: str | None = None
+    eval: list[DataSource | str] | str | None = None
     num_eval_samples: int = 16
     max_length: int = 1024
     long_samples: Literal["truncate", "skip", "split"] = "truncate"
     loss_roles: list[str] = field(default_factory=lambda: ["assistant"])
     loss_turns: Literal["all", "last"] = "all"
     teacher_context: str | None = None
+    teacher_column: str | None = None
     cache_dir: str | None = None
 
     def train_sources(self) -> list[DataSource]:
         """`train` as a list, whichever way it was given."""
-        given = [self.train] if isinstance(self.train, str) else self.train
-        return [DataSource(item) if isinstance(item, str) else item for item in given]
+        return _sources(self.train)
+
+    def eval_sources(self) -> list[DataSource]:
+        """`eval` in the same way; empty where held-out samples are taken from `train`."""
+        return [] if self.eval is None else _sources(self.eval)
+
+
+def _sources(given: list[DataSource | str] | str) -> list[DataSource]:
+    items = [given] if isinstance(given, str) else given
+    return [DataSource(item) if isinstance(item, str) else item for item in items]
 
 
 @dataclass(frozen=True)
@@ -275,7 +288,9 @@ class RunConfig:
 
     Args:
         output_dir: Folder of checkpoints, metrics, logs and the exported model.
-        teacher: The model that is distilled.
+        teacher: The model that is distilled, where it is one.
+        teachers: Several models by name, each with the options of `teacher`; the data says which sample learns from
+            which of them (docs/teachers.md).
         student: The model that is trained.
         data: What both read.
         algorithm: The loss.
@@ -292,6 +307,7 @@ class RunConfig:
     student: StudentConfig
     data: DataConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -303,11 +319,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least = {
-            "teacher.num_workers": 1,
-            "teacher.num_threads": 0,
-            "teacher.tp_size": 1,
-            "teacher.max_restarts": 0,
-            "teacher.check_every": 0,
             "student.num_ranks": 1,
             "student.num_threads": 0,
             "student.replicate": 1,
@@ -346,12 +357,22 @@ class RunConfig:
         ranks, replicas = self.student.num_ranks, self.student.replicate
         _check("student.replicate", replicas, ranks % replicas == 0, f"a divisor of the {ranks} ranks")
         _check_data(self.data)
+        _check_teachers(self)
         if self.training.keep_best and self.data.num_eval_samples == 0:
             raise ConfigError(
                 "training.keep_best: the best is found by evaluations, and data.num_eval_samples is 0; hold samples out"
             )
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: give one of them")
+
+    def named_teachers(self) -> dict[str, TeacherConfig]:
+        """All teachers, whichever way they were given; the name of a single `teacher` is empty."""
+        return self.teachers or {"": self.teacher}
+
+
+def teacher_option(name: str) -> str:
+    """Where the config has this teacher."""
+    return f"teachers.{name}" if name else "teacher"
 
 
 def _get(config: RunConfig, dotted: str) -> Any:
@@ -366,21 +387,40 @@ def _check(name: str, value: object, ok: bool, expected: str) -> None:
         raise ConfigError(f"{name}: expected {expected}, got {value}")
 
 
+def _check_teachers(config: RunConfig) -> None:
+    if config.teachers and config.teacher != TeacherConfig():
+        raise ConfigError("teacher and teachers exclude each other: give one teacher, or each of several its options")
+    at_least = {"num_workers": 1, "num_threads": 0, "tp_size": 1, "max_restarts": 0, "check_every": 0}
+    for name, teacher in config.named_teachers().items():
+        if not re.fullmatch(r"[\w-]*", name):
+            raise ConfigError(f"teachers: expected names of letters, digits, _ and -, got {name!r}")
+        if config.teachers and not teacher.model:
+            raise ConfigError(f"teachers.{name}.model: expected a folder or hub id, got nothing")
+        for option, low in at_least.items():
+            value = getattr(teacher, option)
+            _check(f"{teacher_option(name)}.{option}", value, value >= low, f"at least {low}")
+
+
 def _check_data(data: DataConfig) -> None:
-    sources = data.train_sources()
-    if not sources or any(not item.source or item.source.startswith(("[", "{")) for item in sources):
-        raise ConfigError(f"data.train: expected a source or a list of {{source, weight}}, got {data.train!r}")
-    for item in sources:
-        _check(f"data.train: weight of {item.source}", item.weight, 0 < item.weight < math.inf, "more than 0")
-    names = [item.source for item in sources]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"data.train: {twice[0]} is there twice: give it once, with the sum of the weights")
+    _check_sources("data.train", data.train, data.train_sources())
+    if data.eval is not None:
+        _check_sources("data.eval", data.eval, data.eval_sources())
     _check("data.loss_roles", data.loss_roles, bool(data.loss_roles), "at least one role, such as assistant")
     if data.long_samples == "split" and data.teacher_context is not None:
         raise ConfigError(
             "data.long_samples: split cuts a conversation into pieces, of which only the first would have "
             "data.teacher_context: use truncate or skip"
         )
+
+
+def _check_sources(option: str, given: object, sources: Sequence[DataSource]) -> None:
+    if not sources or any(not item.source or item.source.startswith(("[", "{")) for item in sources):
+        raise ConfigError(f"{option}: expected a source or a list of {{source, weight}}, got {given!r}")
+    for item in sources:
+        _check(f"{option}: weight of {item.source}", item.weight, 0 < item.weight < math.inf, "more than 0")
+    names = [item.source for item in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{option}: {twice[0]} is there twice: give it once, with the sum of the weights")
 
 
 def option_names(cls: type = RunConfig, prefix: str = "") -> list[str]:
@@ -446,17 +486,22 @@ def _check_file(path: Path, known: Sequence[str]) -> None:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected options by name, got {type(values).__name__}")
-    for section, value in values.items():
-        _reject_unknown(str(section), known, str(path))
+    for name in _dotted(values):
+        _reject_unknown(name, known, str(path))
+
+
+def _dotted(values: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{prefix}{key}"
         if isinstance(value, dict):
-            for key in value:
-                _reject_unknown(f"{section}.{key}", known, str(path))
+            yield from _dotted(value, f"{prefix}{key}.")
 
 
 def _reject_unknown(name: str, known: Sequence[str], where: str) -> None:
-    inside_dict = any(name.startswith(f"{prefix}.") for prefix in _DICT_OPTIONS)
-    if name not in known and not inside_dict:
-        raise ConfigError(f'{where}: unknown option "{name}"{nearest(name, known)}')
+    option = re.sub(r"^teachers\.[^.]*", "teacher", name)  # each has the options of the one
+    inside_dict = any(option.startswith(f"{prefix}.") for prefix in _DICT_OPTIONS)
+    if option not in known and not inside_dict:
+        raise ConfigError(f'{where}: unknown option "{name}"{nearest(option, known)}')
 
 
 def _build(cls: type, values: dict[str, Any]) -> Any:
@@ -468,6 +513,8 @@ def _value(hint: Any, value: Any) -> Any:
     """Sections, alone or in a list, as their dataclasses."""
     if isinstance(value, dict) and isinstance(hint, type) and is_dataclass(hint):
         return _build(hint, value)
+    if isinstance(value, dict) and get_origin(hint) is dict:
+        return {name: _value(get_args(hint)[1], item) for name, item in value.items()}
     if isinstance(value, dict | list):
         for kind in get_args(hint):
             value = [_value(kind, item) for item in value] if isinstance(value, list) else _value(kind, value)

@@ -23,18 +23,20 @@ class Sample:
         sample_id: its row, counted on over the sources of a run.
         teacher: the conversation as the teacher alone reads it, with other tokens around the same loss tokens; None
             where both read the same.
+        teacher_name: which teacher it learns from; empty where there is one alone.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     sample_id: int
     teacher: Sample | None = None
+    teacher_name: str = ""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def for_teacher(self) -> Sample:
-        return self if self.teacher is None else self.teacher
+        return self if self.teacher is None else replace(self.teacher, teacher_name=self.teacher_name)
 
     @property
     def longest(self) -> int:
@@ -58,6 +60,7 @@ class Microbatch:
         sample_ids: which samples these are.
         teacher: what the teacher reads in their place, with as many loss rows in the same order; None where it reads
             the same.
+        teacher_name: which teacher they all learn from.
     """
 
     input_ids: np.ndarray
@@ -65,10 +68,12 @@ class Microbatch:
     loss_rows: np.ndarray
     sample_ids: tuple[int, ...] = ()
     teacher: Microbatch | None = None
+    teacher_name: str = ""
 
     @staticmethod
     def pack(samples: Sequence[Sample]) -> Microbatch:
-        """Concatenates samples; a row never predicts the first token of the next sample."""
+        """Concatenates samples of one teacher; a row never predicts the first token of the next sample."""
+        (teacher_name,) = {s.teacher_name for s in samples}
         rows, start = [], 0
         for sample in samples:
             rows.append(start + np.flatnonzero(sample.loss_mask[1:]))
@@ -80,6 +85,7 @@ class Microbatch:
             loss_rows=np.concatenate(rows).astype(np.int32),
             sample_ids=tuple(s.sample_id for s in samples),
             teacher=Microbatch.pack([s.for_teacher() for s in samples]) if own_context else None,
+            teacher_name=teacher_name,
         )
 
     def without_loss(self) -> Microbatch:

@@ -74,6 +74,8 @@ def run_config(tiny: Path, tmp_path: Path):
             "student.num_threads": 1,
             "transport.timeout_s": 60.0,
         }
+        if "teachers" in options:  # in place of the one
+            values = {name: value for name, value in values.items() if not name.startswith("teacher.")}
         values.update({name.replace("__", "."): value for name, value in options.items()})
         return load_config(None, [f"--{name}={value}" for name, value in values.items()])
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kdflow.config import TrainingConfig, dump_config, load_config, option_names
+from kdflow.config import DataSource, TeacherConfig, TrainingConfig, dump_config, load_config, option_names
 from kdflow.errors import ConfigError
 
 MINIMAL = ["--output_dir=o", "--teacher.model=t", "--student.model=s", "--data.train=d.jsonl"]
@@ -28,6 +28,21 @@ def test_file_and_overrides(tmp_path: Path) -> None:
     assert config.training.samples_per_step == TrainingConfig().samples_per_step
 
 
+def test_several_teachers(tmp_path: Path) -> None:
+    text = (
+        "output_dir: o\nstudent: {model: s}\nteachers:\n"
+        "  math: {model: m, tp_size: 2, engine_args: {mem_fraction_static: 0.5}}\n  code: {model: c}\n"
+        "data: {train: [{source: a.jsonl, teacher: math}, b.jsonl], teacher_column: expert}\n"
+    )
+    path = write(tmp_path, text)
+    config = load_config(path, ["--teachers.code.num_workers=3"])
+    math = TeacherConfig("m", tp_size=2, engine_args={"mem_fraction_static": 0.5})
+    assert config.named_teachers() == {"math": math, "code": TeacherConfig("c", num_workers=3)}
+    assert config.data.train_sources() == [DataSource("a.jsonl", teacher="math"), DataSource("b.jsonl")]
+    assert load_config(write(tmp_path, dump_config(config))) == config
+    assert load_config(None, MINIMAL).named_teachers() == {"": TeacherConfig("t")}
+
+
 def test_dump_reads_back(tmp_path: Path) -> None:
     config = load_config(None, [*MINIMAL, "--optimizer.betas=[0.8,0.9]"])
     assert load_config(write(tmp_path, dump_config(config))) == config
@@ -48,6 +63,12 @@ def test_dump_reads_back(tmp_path: Path) -> None:
         (["--training.keep_last=0"], "training.keep_last: expected at least 1"),
         (["--training.keep_best=true", "--data.num_eval_samples=0"], "data.num_eval_samples is 0"),
         (["--resume=true", "--overwrite=true"], "exclude each other"),
+        (["--teacher.num_workers=0"], "teacher.num_workers: expected at least 1, got 0"),
+        (["--teachers={math: {model: m}}"], "teacher and teachers exclude each other"),
+        (["--teacher.model=", "--teachers={math: {}}"], "teachers.math.model: expected a folder or hub id"),
+        (["--teacher.model=", "--teachers={a.b: {model: m}}"], "expected names of letters, digits, _ and -, got 'a.b'"),
+        (["--teacher.model=", "--teachers={a: {model: m, tp_size: 0}}"], "teachers.a.tp_size: expected at least 1"),
+        (["--teachers.math.modle=m"], 'unknown option "teachers.math.modle"; did you mean "teacher.model"'),
     ],
 )
 def test_bad_options(options: list[str], message: str) -> None:
@@ -61,6 +82,8 @@ def test_bad_options(options: list[str], message: str) -> None:
     [
         ("teacher: {modle: t}\n", 'unknown option "teacher.modle"; did you mean "teacher.model"'),
         ("techer: {model: t}\n", 'did you mean "teacher"'),
+        ("teachers: {m: {modle: t}}\n", 'unknown option "teachers.m.modle"; did you mean "teacher.model"'),
+        ("student: {lora: {rnk: 4}}\n", 'unknown option "student.lora.rnk"; did you mean "student.lora.rank"'),
         ("- a\n", "expected options by name, got list"),
         ("teacher: {model: [\n", "not valid YAML"),
         ("output_dir: o\n", "required: student.model, data.train"),

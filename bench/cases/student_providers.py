@@ -80,8 +80,8 @@ def kdflow(params: Params) -> Trial:
     student = FSDP2Student(
         config.student,
         config.optimizer,
-        algorithm=algorithm,
-        teacher_head=load_lm_head(config.teacher.model, job.dtype).to(device),
+        algorithms={"": algorithm},
+        teacher_heads={"": load_lm_head(config.teacher.model, job.dtype).to(device)},
         device=device,
         num_steps=config.training.num_steps,
     )

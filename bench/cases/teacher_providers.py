@@ -136,7 +136,7 @@ def start_teacher(
         attach_hidden_ring(ring.handle, placement=choice.kind, role="consumer", device=teacher_device)
     )
     sender = stack.enter_context(RequestRing.attach(requests.handle, role="producer"))
-    client = HiddenStatesClient(sender, hidden, rank=0, timeout_s=TIMEOUT_S)
+    client = HiddenStatesClient({"": sender}, hidden, rank=0, timeout_s=TIMEOUT_S)
 
     def run(microbatches: Iterable[Microbatch]) -> float:
         total = 0.0

@@ -3,7 +3,7 @@
 from kdflow.data.balance import balance
 from kdflow.data.chat import ChatTokenizer
 from kdflow.data.dataset import Dataset, load_datasets
-from kdflow.data.mixture import Mixture
+from kdflow.data.mixture import Mixture, apportion
 from kdflow.data.packing import Step, pack_step, training_steps
 from kdflow.data.report import DatasetReport
 from kdflow.data.sources import load_rows
@@ -14,6 +14,7 @@ __all__ = [
     "DatasetReport",
     "Mixture",
     "Step",
+    "apportion",
     "balance",
     "load_datasets",
     "load_rows",

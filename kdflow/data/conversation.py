@@ -18,17 +18,20 @@ class Conversation:
         messages: that the student reads.
         teacher_messages: that the teacher reads; None where it reads the same.
         tools: descriptions of tools for the template.
+        teacher_name: which teacher the row is for; empty where it does not say.
     """
 
     messages: list[Message]
     teacher_messages: list[Message] | None
     tools: Sequence[Any] | None
+    teacher_name: str
 
 
-def read_row(row: Row, teacher_context: str | None) -> Conversation:
+def read_row(row: Row, teacher_context: str | None, teacher_column: str | None) -> Conversation:
     """
     Args:
         teacher_context: a system prompt for the teacher alone, where the row brings nothing of the kind.
+        teacher_column: where the row says which teacher it is for.
 
     Raises:
         DataError: a column is not as it should be.
@@ -46,7 +49,10 @@ def read_row(row: Row, teacher_context: str | None) -> Conversation:
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise DataError("`tools` is not a list")
-    return Conversation(messages, teacher, tools or None)
+    name = None if teacher_column is None else row.get(teacher_column)
+    if name is not None and not isinstance(name, str):
+        raise DataError(f"`{teacher_column}` is not text")
+    return Conversation(messages, teacher, tools or None, name or "")
 
 
 def _messages(row: Row, column: str) -> list[Message]:

@@ -22,6 +22,7 @@ from kdflow.data.report import DatasetReport
 from kdflow.data.shorten import fit, pair
 from kdflow.data.sources import Row, open_source
 from kdflow.data.store import FORMAT, SampleView, TokenStore, open_or_write
+from kdflow.data.teachers import check_all_used, teacher_of_source
 from kdflow.errors import DataError
 from kdflow.types import Sample
 
@@ -42,26 +43,30 @@ class Dataset:
     digests: dict[str, str]
 
 
-def load_datasets(config: DataConfig, tokenizer: Any, seed: int) -> tuple[Dataset, Dataset | None]:
+def load_datasets(
+    config: DataConfig, tokenizer: Any, seed: int, teachers: Sequence[str] = ("",)
+) -> tuple[Dataset, Dataset | None]:
     """The training set and the held-out set (None where `num_eval_samples` is 0).
 
+    Args:
+        teachers: names of those from which samples learn.
+
     Raises:
-        DataError: a source is missing, empty or unusable.
+        DataError: a source is missing, empty or unusable; samples and teachers do not fit one another.
     """
     chat = ChatTokenizer(tokenizer, loss_roles=config.loss_roles, loss_turns=config.loss_turns)
-    sources, parts, first_row = config.train_sources(), [], 0
-    for item in sources:
-        store = _open_store(item.source, config, chat)
-        parts.append(_Part(store, np.arange(len(store)), first_row))
-        first_row += store.report.num_rows
+    sources = config.train_sources()
+    parts = _open_parts(sources, config, chat, teachers)
+    check_all_used(teachers, {name or part.teacher for part in parts for name in part.store.first_rows_by_teacher()})
     if config.num_eval_samples == 0:
         return _dataset(sources, parts), None
+    eval_sources = config.eval_sources() or sources
+    shares = apportion([item.weight for item in eval_sources], config.num_eval_samples)
     if config.eval is not None:
-        store = _open_store(config.eval, config, chat)
-        chosen = _Part(store, _choose(store, config.num_eval_samples, seed), 0)
-        return _dataset(sources, parts), _dataset([DataSource(config.eval)], [chosen])
+        eval_parts = _open_parts(eval_sources, config, chat, teachers)
+        chosen = [part.only(_choose(part.store, n, seed)) for part, n in zip(eval_parts, shares, strict=True)]
+        return _dataset(sources, parts), _dataset(eval_sources, chosen)
     kept, held_out = [], []
-    shares = apportion([item.weight for item in sources], config.num_eval_samples)
     for item, part, count in zip(sources, parts, shares, strict=True):
         chosen = _choose(part.store, count, seed)
         if len(chosen) == len(part):
@@ -69,9 +74,21 @@ def load_datasets(config: DataConfig, tokenizer: Any, seed: int) -> tuple[Datase
                 f"data: {item.source} has {part.report().num_rows} rows, {count} of them to be held out: give "
                 "data.eval or a smaller data.num_eval_samples"
             )
-        held_out.append(_Part(part.store, chosen, part.first_row))
-        kept.append(_Part(part.store, np.setdiff1d(part.indices, chosen), part.first_row))
+        held_out.append(part.only(chosen))
+        kept.append(part.only(np.setdiff1d(part.indices, chosen)))
     return _dataset(sources, kept), _dataset(sources, held_out)
+
+
+def _open_parts(
+    sources: Sequence[DataSource], config: DataConfig, chat: ChatTokenizer, teachers: Sequence[str]
+) -> list[_Part]:
+    parts, first_row = [], 0
+    for item in sources:
+        store = _open_store(item.source, config, chat)
+        teacher = teacher_of_source(item, store, config.teacher_column, teachers)
+        parts.append(_Part(store, np.arange(len(store)), first_row, teacher))
+        first_row += store.report.num_rows
+    return parts
 
 
 def _choose(store: TokenStore, num_rows: int, seed: int) -> np.ndarray:
@@ -90,19 +107,29 @@ def _dataset(sources: Sequence[DataSource], parts: Sequence[_Part]) -> Dataset:
 
 
 class _Part(SampleView):
-    """Some samples of a store; their rows are counted on from those of the sources before."""
+    """Some samples of a store; their rows are counted on from those of the sources before.
 
-    def __init__(self, store: TokenStore, indices: np.ndarray, first_row: int) -> None:
+    Args:
+        teacher: of those whose rows name none.
+    """
+
+    def __init__(self, store: TokenStore, indices: np.ndarray, first_row: int, teacher: str) -> None:
         self.store = store
         self.indices = indices
         self.first_row = first_row
+        self.teacher = teacher
+
+    def only(self, indices: np.ndarray) -> _Part:
+        return _Part(self.store, indices, self.first_row, self.teacher)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def get(self, index: int) -> Sample:
         sample = self.store.get(int(self.indices[index]))
-        return replace(sample, sample_id=self.first_row + sample.sample_id)
+        return replace(
+            sample, sample_id=self.first_row + sample.sample_id, teacher_name=sample.teacher_name or self.teacher
+        )
 
     def report(self) -> DatasetReport:
         """Of the whole store, or of these samples' rows alone where others are left out."""
@@ -121,6 +148,7 @@ def _open_store(name: str, config: DataConfig, chat: ChatTokenizer) -> TokenStor
         "max_length": config.max_length,
         "long_samples": config.long_samples,
         "teacher_context": config.teacher_context,
+        "teacher_column": config.teacher_column,
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
     return open_or_write(
@@ -155,6 +183,16 @@ def tokenize_rows(
     return report
 
 
+@dataclass(frozen=True)
+class _Rendered:
+    """A row as text: `own` is what the teacher alone reads."""
+
+    number: int
+    student: Chat
+    own: Chat | None
+    teacher_name: str
+
+
 class _Work:
     """Rows to samples, and what became of them."""
 
@@ -167,12 +205,12 @@ class _Work:
     def samples(self, chunk: Sequence[tuple[int, Row]]) -> Iterator[Sample]:
         rendered = list(self._rendered(chunk))
         # The student's text of each, then the teacher's of those that have one of their own.
-        chats = [student for _, student, _ in rendered] + [own for _, _, own in rendered if own is not None]
-        numbers = [number for number, _, _ in rendered] + [number for number, _, own in rendered if own is not None]
+        chats = [r.student for r in rendered] + [r.own for r in rendered if r.own is not None]
+        numbers = [r.number for r in rendered] + [r.number for r in rendered if r.own is not None]
         tokenized = self._chat.tokenize(chats, numbers) if chats else []
         teachers = iter(tokenized[len(rendered) :])
-        for (_, _, own), student in zip(rendered, tokenized, strict=False):
-            teacher = None if own is None else next(teachers)
+        for row, student in zip(rendered, tokenized, strict=False):
+            teacher = None if row.own is None else next(teachers)
             try:
                 whole = pair(student, teacher)
                 pieces = list(fit(whole, self._config.max_length, self._config.long_samples))
@@ -184,13 +222,13 @@ class _Work:
                 self._counts["samples"] += 1
                 self._counts["tokens"] += len(piece)
                 self._counts["loss_tokens"] += piece.num_loss_tokens
-                yield piece
+                yield replace(piece, teacher_name=row.teacher_name)
 
-    def _rendered(self, chunk: Sequence[tuple[int, Row]]) -> Iterator[tuple[int, Chat, Chat | None]]:
+    def _rendered(self, chunk: Sequence[tuple[int, Row]]) -> Iterator[_Rendered]:
         for number, row in chunk:
             self._counts["rows"] += 1
             try:
-                told = read_row(row, self._config.teacher_context)
+                told = read_row(row, self._config.teacher_context, self._config.teacher_column)
                 student = self._chat.render(told.messages, told.tools)
                 own = None
                 if told.teacher_messages is not None:
@@ -198,7 +236,7 @@ class _Work:
             except DataError as error:
                 self._skipped[str(error)] += 1
                 continue
-            yield number, student, own
+            yield _Rendered(number, student, own, told.teacher_name)
 
     def report(self) -> DatasetReport:
         return DatasetReport(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kdflow.data.balance import balance
@@ -23,6 +24,7 @@ class Step:
             loss rows: it takes part in the collectives and adds nothing.
         num_loss_tokens: Of the whole step, over all ranks and microbatches.
         num_tokens: The same for all tokens.
+        loss_tokens: Those of num_loss_tokens that learn from each teacher, by its name.
     """
 
     index: int
@@ -30,6 +32,7 @@ class Step:
     microbatches: tuple[Microbatch, ...]
     num_loss_tokens: int
     num_tokens: int
+    loss_tokens: Mapping[str, int]
 
 
 def step_cost(length: int) -> float:
@@ -50,7 +53,7 @@ def pack_step(
     index: int = 0,
     epoch: int = 0,
 ) -> Step:
-    """Cuts the samples of a step into equally many microbatches for every rank.
+    """Cuts the samples of a step into equally many microbatches for every rank, each of one teacher's samples.
 
     What is balanced is `step_cost` of the student's tokens, over all microbatches of all ranks. They are dealt out in
     the order of their cost, so that what ranks do at the same time is most alike. There are as few as can be with at
@@ -64,23 +67,65 @@ def pack_step(
     if num_loss_tokens == 0:
         ids = [s.sample_id for s in samples]
         raise DataError(f"data: step {index + 1} has no token in the loss: look at the rows {ids}")
-    num_tokens = sum(len(s) for s in samples)
-    most = max(num_tokens, sum(len(s.for_teacher()) for s in samples))
-    costs = [step_cost(len(s)) for s in samples]
-    per_rank = math.ceil(most / (num_ranks * tokens_per_microbatch))
-    while True:
-        bins = [[samples[i] for i in chosen] for chosen in balance(costs, per_rank * num_ranks)]
-        if all(_fits(chosen, tokens_per_microbatch) for chosen in bins):
-            break
-        per_rank += 1
+    groups = _by_teacher(samples)
+    bins = _fill_bins(list(groups.values()), tokens_per_microbatch, num_ranks)
     filler = Microbatch.pack([min(samples, key=len)]).without_loss()
     return Step(
         index=index,
         epoch=epoch,
         microbatches=tuple(Microbatch.pack(b) if b else filler for b in bins[rank::num_ranks]),
         num_loss_tokens=num_loss_tokens,
-        num_tokens=num_tokens,
+        num_tokens=sum(len(s) for s in samples),
+        loss_tokens={name: sum(s.num_loss_tokens for s in group) for name, group in groups.items()},
     )
+
+
+_Bin = list[Sample]
+
+
+def _by_teacher(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """In the order of their names, so that the order of the samples decides nothing."""
+    names = sorted({s.teacher_name for s in samples})
+    return {name: [s for s in samples if s.teacher_name == name] for name in names}
+
+
+def _fill_bins(groups: Sequence[Sequence[Sample]], budget: int, num_ranks: int) -> list[_Bin]:
+    """A multiple of `num_ranks` bins, the costliest first, none of which holds samples of two groups."""
+    fewest = [_fewest_bins(group, budget) for group in groups]
+    per_rank = math.ceil(sum(fewest) / num_ranks)
+    while True:
+        counts = _share_out(groups, fewest, per_rank * num_ranks)
+        filled = [_balanced(group, count) for group, count in zip(groups, counts, strict=True)]
+        if all(_fits(chosen, budget) for bins in filled for chosen in bins):
+            return list(heapq.merge(*filled, key=_cost, reverse=True))
+        per_rank += 1
+
+
+def _fewest_bins(samples: Sequence[Sample], budget: int) -> int:
+    most = max(sum(len(s) for s in samples), sum(len(s.for_teacher()) for s in samples))
+    count = math.ceil(most / budget)
+    while not all(_fits(chosen, budget) for chosen in _balanced(samples, count)):
+        count += 1
+    return count
+
+
+def _share_out(groups: Sequence[Sequence[Sample]], fewest: Sequence[int], total: int) -> list[int]:
+    """Bins of each group: what it needs, and of the rest one after another to where bins are costliest."""
+    counts = list(fewest)
+    costs = [_cost(group) for group in groups]
+    for _ in range(total - sum(counts)):
+        # One bin for each sample is all that helps; where all have that, the first group takes bins that stay empty.
+        loads = [c / n if n < len(g) else 0.0 for c, n, g in zip(costs, counts, groups, strict=True)]
+        counts[loads.index(max(loads))] += 1
+    return counts
+
+
+def _balanced(samples: Sequence[Sample], count: int) -> list[_Bin]:
+    return [[samples[i] for i in chosen] for chosen in balance([step_cost(len(s)) for s in samples], count)]
+
+
+def _cost(samples: Sequence[Sample]) -> float:
+    return sum(step_cost(len(s)) for s in samples)
 
 
 def _fits(samples: Sequence[Sample], budget: int) -> bool:

@@ -4,8 +4,9 @@ A store is a folder of flat arrays that is written once and then only read, by a
 
     input_ids.bin, loss_mask.bin                     int32 and bool, the samples one after another
     teacher_input_ids.bin, teacher_loss_mask.bin     the same of what the teacher alone reads; most often empty
-    index.bin                                        (num_samples, 4) int64: ends of both sides, row, loss tokens
-    report.json
+    index.bin                                        (num_samples, 5) int64: ends of both sides, row, loss tokens,
+                                                     number of the teacher that the row names
+    report.json                                      also the names of these teachers
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar, overload
 
@@ -27,7 +28,8 @@ from kdflow.data.report import DatasetReport
 from kdflow.errors import DataError
 from kdflow.types import Sample
 
-FORMAT = 1
+FORMAT = 2
+_FIELDS = 5
 _SIDES = ("", "teacher_")
 T = TypeVar("T")
 
@@ -57,6 +59,7 @@ class StoreWriter:
         self._stack = ExitStack()
         self._digest = hashlib.blake2b(digest_size=16)
         self._ends = [0, 0]
+        self._teachers: dict[str, int] = {}
         names = [f"{side}{array}.bin" for side in _SIDES for array in ("input_ids", "loss_mask")]
         *self._files, self._index = (
             self._stack.enter_context((folder / name).open("wb")) for name in (*names, "index.bin")
@@ -74,8 +77,9 @@ class StoreWriter:
                 self._put(2 * side, part.input_ids.astype(np.int32))
                 self._put(2 * side + 1, part.loss_mask.astype(bool))
                 self._ends[side] += len(part)
-        entry = np.array([*self._ends, sample.sample_id, sample.num_loss_tokens], np.int64).tobytes()
-        self._digest.update(entry)
+        teacher = self._teachers.setdefault(sample.teacher_name, len(self._teachers))
+        entry = np.array([*self._ends, sample.sample_id, sample.num_loss_tokens, teacher], np.int64).tobytes()
+        self._digest.update(entry + sample.teacher_name.encode())
         self._index.write(entry)
 
     def _put(self, number: int, values: np.ndarray) -> None:
@@ -85,6 +89,10 @@ class StoreWriter:
     def digest(self) -> str:
         """Of all that was written."""
         return self._digest.hexdigest()
+
+    def teachers(self) -> list[str]:
+        """Their names, in the order of their numbers."""
+        return list(self._teachers)
 
 
 class TokenStore(SampleView):
@@ -98,8 +106,11 @@ class TokenStore(SampleView):
         try:
             values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
             self.digest: str = values.pop("digest")
+            self._teachers: list[str] = values.pop("teachers")
             self.report = DatasetReport(**values)
-            self._index = _mapped(folder / "index.bin", np.int64, 4 * self.report.num_samples).reshape(-1, 4)
+            self._index = _mapped(folder / "index.bin", np.int64, _FIELDS * self.report.num_samples).reshape(
+                -1, _FIELDS
+            )
             self._sides = [
                 (
                     _mapped(folder / f"{side}input_ids.bin", np.int32, end),
@@ -117,20 +128,26 @@ class TokenStore(SampleView):
         """(num_samples,) the row of each sample."""
         return self._index[:, 2]
 
+    def first_rows_by_teacher(self) -> dict[str, int]:
+        """For each teacher that rows name, the first row of it; the empty name is of rows that name none."""
+        _, first = np.unique(self._index[:, 4], return_index=True)
+        return {name: int(self._index[at, 2]) for name, at in zip(self._teachers, first, strict=True)}
+
     def count(self, indices: np.ndarray) -> tuple[int, int]:
         """Tokens of some samples, and how many of them are in the loss."""
         lengths = np.diff(self._index[:, 0], prepend=0)
         return int(lengths[indices].sum()), int(self._index[indices, 3].sum())
 
     def get(self, index: int) -> Sample:
-        *ends, row, _ = self._index[index].tolist()
+        *ends, row, _, teacher_number = self._index[index].tolist()
+        name = self._teachers[teacher_number]
         begins = self._index[index - 1].tolist()[:2] if index else (0, 0)
         student, teacher = (
-            Sample(ids[begin:end], mask[begin:end], row) if end > begin else None
+            Sample(ids[begin:end], mask[begin:end], row, teacher_name=name) if end > begin else None
             for (ids, mask), begin, end in zip(self._sides, begins, ends, strict=True)
         )
         assert student is not None
-        return student if teacher is None else Sample(student.input_ids, student.loss_mask, row, teacher)
+        return replace(student, teacher=teacher)
 
 
 def _mapped(path: Path, dtype: type[np.generic], count: int) -> np.ndarray:
@@ -161,7 +178,7 @@ def open_or_write(cache: Path, key: str, write: Callable[[StoreWriter], DatasetR
         try:
             with StoreWriter(draft) as writer:
                 report = write(writer)
-            values = {**asdict(report), "digest": writer.digest()}
+            values = {**asdict(report), "digest": writer.digest(), "teachers": writer.teachers()}
             (draft / "report.json").write_text(json.dumps(values), encoding="utf-8")
             os.rename(draft, folder)
         except OSError as error:

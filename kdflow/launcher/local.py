@@ -6,9 +6,10 @@ import os
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from kdflow.config import RunConfig
+from kdflow.config import RunConfig, TeacherConfig
 from kdflow.errors import TransportError
 from kdflow.launcher.prepare import Prepared, open_output, prepare
 from kdflow.launcher.rank import RankSpec, Rings, run_rank
@@ -35,19 +36,19 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
     say(f"train: {prepared.train.report}")
     if prepared.held_out is not None:
         say(f"held out: {prepared.held_out.report}")
-    teacher_threads, student_threads = share_threads(config)
     with ExitStack() as stack:
         # Entered first: the processes have ended when it merges what they wrote.
         stack.enter_context(merged_timeline(config.profile, folder / FOLDER, config.transport.num_slots))
         rings, teachers = None, []
-        if prepared.algorithm.uses_teacher:
-            rings, teachers = _start_teachers(prepared, folder, teacher_threads, say, stack)
+        if prepared.uses_teacher:
+            rings, teachers = _start_teachers(prepared, folder, say, stack)
 
         def wait_for_teachers() -> None:
             for teacher in teachers:
                 teacher.wait_ready(config.transport.start_timeout_s)
 
-        spec = RankSpec(config, str(folder), student_threads, rings)
+        num_threads = share_threads(config.student.num_threads, config.student.num_ranks)
+        spec = RankSpec(config, str(folder), num_threads, rings)
         try:
             if config.student.num_ranks == 1:  # both sides load at the same time
                 finished = run_rank(spec, prepared, before_training=wait_for_teachers)
@@ -63,49 +64,54 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
 
 
 def _start_teachers(
-    prepared: Prepared, folder: Path, num_threads: int, say: Callable[[str], None], stack: ExitStack
+    prepared: Prepared, folder: Path, say: Callable[[str], None], stack: ExitStack
 ) -> tuple[Rings, list[TeacherProcess]]:
     """The rings and the teachers' processes, which `stack` ends."""
     config = prepared.config
     num_ranks, transport = config.student.num_ranks, config.transport
+    workers = list_workers(config)
     choice = choose_hidden_ring(transport, gpu_pairs(config))
     if choice.kind != "host":
         say(f"ring: {choice.kind} slots ({choice.reason})")
-    requests = stack.enter_context(
-        RequestRing.create(
-            name="requests",
-            num_slots=num_ranks * transport.num_slots,
-            slot_bytes=request_bytes(config.training.tokens_per_microbatch),
+    requests = {
+        name: stack.enter_context(
+            RequestRing.create(
+                name=f"requests {name}".strip(),
+                num_slots=num_ranks * transport.num_slots,
+                slot_bytes=request_bytes(config.training.tokens_per_microbatch),
+            )
         )
-    )
+        for name in config.named_teachers()
+    }
     hidden = [
         stack.enter_context(
             create_hidden_ring(choice, transport, name=f"hidden[{rank}]", slot_bytes=prepared.slot_bytes)
         )
         for rank in range(num_ranks)
     ]
-    rings = Rings(requests.handle, [ring.handle for ring in hidden], choice.kind)
+    handles = {name: ring.handle for name, ring in requests.items()}
+    rings = Rings(handles, [ring.handle for ring in hidden], choice.kind)
     teachers = [
         stack.enter_context(
             TeacherProcess(
                 WorkerSpec(
-                    teacher=config.teacher,
+                    teacher=worker.teacher,
                     profile=config.profile,
                     folder=str(folder),
-                    index=worker,
-                    gpu=teacher_gpu(config, worker),
-                    num_threads=num_threads,
-                    requests=rings.requests,
+                    index=index,
+                    gpu=worker.gpu,
+                    num_threads=share_threads(worker.teacher.num_threads, len(workers)),
+                    requests=rings.requests[worker.name],
                     hidden=rings.hidden,
                     placement=rings.placement,
                     timeout_s=transport.timeout_s,
                     ready_fd=-1,
                 ),
-                folder / "logs" / f"teacher-{worker}.log",
+                folder / "logs" / f"{worker.label}.log",
                 say,
             )
         )
-        for worker in range(config.teacher.num_workers)
+        for index, worker in enumerate(workers)
     ]
     return rings, teachers
 
@@ -134,37 +140,50 @@ def _run_ranks(spec: RankSpec) -> bool:
         raise TransportError(f"student rank {rank} failed: {failure.message}") from error
 
 
-def teacher_gpu(config: RunConfig, worker: int) -> int:
-    """The first one of a worker: behind the student's GPUs, as far as there are more."""
-    return config.student.num_ranks + worker * config.teacher.tp_size
+@dataclass(frozen=True)
+class Worker:
+    """One process of a teacher.
+
+    Attributes:
+        name: of the teacher.
+        number: among this teacher's.
+        gpu: its first one, counted round.
+    """
+
+    name: str
+    teacher: TeacherConfig
+    number: int
+    gpu: int
+
+    @property
+    def label(self) -> str:
+        return f"teacher-{self.name}-{self.number}" if self.name else f"teacher-{self.number}"
+
+
+def list_workers(config: RunConfig) -> list[Worker]:
+    """Of all teachers; their GPUs lie behind the student's, as far as there are more."""
+    workers, gpu = [], config.student.num_ranks
+    for name, teacher in config.named_teachers().items():
+        for number in range(teacher.num_workers):
+            workers.append(Worker(name, teacher, number, gpu))
+            gpu += teacher.tp_size
+    return workers
 
 
 def gpu_pairs(config: RunConfig) -> list[tuple[int | None, int | None]]:
     """GPU of teacher worker and of student rank, None for a CPU, for all that talk to one another."""
-    teachers = [
-        resolve_device(config.teacher.device, teacher_gpu(config, worker)).index
-        for worker in range(config.teacher.num_workers)
-    ]
+    teachers = [resolve_device(worker.teacher.device, worker.gpu).index for worker in list_workers(config)]
     students = [resolve_device(config.student.device, rank).index for rank in range(config.student.num_ranks)]
     return [(teacher, student) for teacher in teachers for student in students]
 
 
-def share_threads(config: RunConfig) -> tuple[int, int]:
-    """CPU threads of each teacher worker and of each student rank.
+def share_threads(asked: int, num_processes: int) -> int:
+    """CPU threads of each of the teachers' workers, or of each student rank, where none are asked for.
 
     Each side divides all cores among its own processes: teacher and student take turns at waiting
     for one another, and an idle thread sleeps (see cli.py). On a GPU they serve loading and saving.
     """
-    cores = len(os.sched_getaffinity(0))
-
-    def share(asked: int, num_processes: int) -> int:
-        return asked or max(1, cores // num_processes)
-
-    teacher, student = config.teacher, config.student
-    return (
-        share(teacher.num_threads, teacher.num_workers),
-        share(student.num_threads, student.num_ranks),
-    )
+    return asked or max(1, len(os.sched_getaffinity(0)) // num_processes)
 
 
 def _how_to_go_on(folder: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdflow.algorithms import ALGORITHMS, Algorithm, ModelInfo
-from kdflow.config import RunConfig, dump_config, load_config
+from kdflow.config import RunConfig, TeacherConfig, dump_config, load_config, teacher_option
 from kdflow.data import Dataset, load_datasets
 from kdflow.errors import ConfigError
 from kdflow.modeling import load_model_config, load_tokenizer, resolve_device, resolve_dtype
@@ -25,14 +25,16 @@ class Prepared:
     """A run that was looked over.
 
     Attributes:
-        algorithm: fits the pair of models.
+        algorithms: of each teacher, by name; fits the pair of models.
+        uses_teacher: whether the algorithm needs their hidden states.
         tokenizer: the student's.
         train, held_out: tokenised.
-        slot_bytes: room for the hidden states of the largest microbatch; 0 where no teacher is used.
+        slot_bytes: room for the hidden states of the largest microbatch of the widest teacher; 0 where none is used.
     """
 
     config: RunConfig
-    algorithm: Algorithm
+    algorithms: dict[str, Algorithm]
+    uses_teacher: bool
     tokenizer: Any
     train: Dataset
     held_out: Dataset | None
@@ -45,31 +47,48 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
         ConfigError, DataError: the first thing that is wrong.
     """
-    TEACHERS.get(config.teacher.backend)
+    teachers = config.named_teachers()
+    for teacher in teachers.values():
+        TEACHERS.get(teacher.backend)
     make_algorithm = ALGORITHMS.get(config.algorithm.name)
-    if make_algorithm.uses_teacher and not config.teacher.model:
+    uses_teacher = make_algorithm.uses_teacher
+    if uses_teacher and not all(teacher.model for teacher in teachers.values()):
         raise ConfigError(
             f"teacher.model: algorithm {config.algorithm.name} learns from a teacher, and none is given; name its "
             "folder or hub id (algorithm sft learns from text alone)"
         )
     student_tokenizer, student = _model_info(config.student.model)
-    teacher = _model_info(config.teacher.model)[1] if make_algorithm.uses_teacher else None
-    algorithm = make_algorithm(config.algorithm, student=student, teacher=teacher)
-    train, held_out = load_datasets(config.data, student_tokenizer, config.seed)
+    algorithms = {
+        name: make_algorithm(
+            config.algorithm, student=student, teacher=_teacher_info(name, teacher) if uses_teacher else None
+        )
+        for name, teacher in teachers.items()
+    }
+    train, held_out = load_datasets(config.data, student_tokenizer, config.seed, tuple(teachers))
+    row_bytes = max(map(_row_bytes, teachers.values())) if uses_teacher else 0
     return Prepared(
         config=config,
-        algorithm=algorithm,
+        algorithms=algorithms,
+        uses_teacher=uses_teacher,
         tokenizer=student_tokenizer,
         train=train,
         held_out=held_out,
-        slot_bytes=_slot_bytes(config) if make_algorithm.uses_teacher else 0,
+        slot_bytes=config.training.tokens_per_microbatch * row_bytes,
     )
 
 
-def _slot_bytes(config: RunConfig) -> int:
-    text_config = load_model_config(config.teacher.model).get_text_config()
-    dtype = resolve_dtype(config.teacher.dtype, resolve_device(config.teacher.device))
-    return config.training.tokens_per_microbatch * text_config.hidden_size * dtype.itemsize
+def _row_bytes(teacher: TeacherConfig) -> int:
+    text_config = load_model_config(teacher.model).get_text_config()
+    dtype = resolve_dtype(teacher.dtype, resolve_device(teacher.device))
+    return text_config.hidden_size * dtype.itemsize
+
+
+def _teacher_info(name: str, teacher: TeacherConfig) -> ModelInfo:
+    try:
+        info = _model_info(teacher.model)[1]
+    except ConfigError as error:
+        raise ConfigError(f"{teacher_option(name)}: {error}") from None
+    return replace(info, name=f"{name} ({info.name})" if name else info.name)
 
 
 def _model_info(model: str) -> tuple[Any, ModelInfo]:

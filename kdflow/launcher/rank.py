@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from kdflow.config import RunConfig
+from kdflow.config import RunConfig, TeacherConfig
 from kdflow.launcher.prepare import Prepared, prepare
 from kdflow.modeling import hide_progress_bars, load_lm_head, resolve_device, resolve_dtype
 from kdflow.observe import Progress, Recorder
@@ -31,12 +31,12 @@ class Rings:
     """The way to the teachers.
 
     Attributes:
-        requests: handle of the request ring.
+        requests: handles of the request rings, by teacher.
         hidden: handles of the data rings, by rank.
         placement: where their slots lie.
     """
 
-    requests: str
+    requests: dict[str, str]
     hidden: list[str]
     placement: str
 
@@ -123,7 +123,7 @@ def run_rank(
         checkpoints = CheckpointStore(
             folder / "checkpoints",
             student,
-            data={f"data {source}": digest[:16] for source, digest in prepared.train.digests.items()},
+            data=_fingerprint(prepared),
             keep_last=config.training.keep_last,
             keep_best=config.training.keep_best,
             seed=config.seed,
@@ -166,19 +166,29 @@ def run_rank(
 
 def _load_student(prepared: Prepared, device: torch.device) -> FSDP2Student:
     config = prepared.config
-    if prepared.algorithm.uses_teacher:
-        teacher_dtype = resolve_dtype(config.teacher.dtype, resolve_device(config.teacher.device))
-        teacher_head = load_lm_head(config.teacher.model, teacher_dtype)
-    else:
-        teacher_head = LMHead(torch.empty(0, 0))
+
+    def head(teacher: TeacherConfig) -> LMHead:
+        if not prepared.uses_teacher:
+            return LMHead(torch.empty(0, 0))
+        return load_lm_head(teacher.model, resolve_dtype(teacher.dtype, resolve_device(teacher.device)))
+
     return FSDP2Student(
         config.student,
         config.optimizer,
-        algorithm=prepared.algorithm,
-        teacher_head=teacher_head.to(device),
+        algorithms=prepared.algorithms,
+        teacher_heads={name: head(teacher).to(device) for name, teacher in config.named_teachers().items()},
         device=device,
         num_steps=config.training.num_steps,
     )
+
+
+def _fingerprint(prepared: Prepared) -> dict[str, str]:
+    """Of what the student learns from: data and teachers."""
+    found = {f"data {source}": digest[:16] for source, digest in prepared.train.digests.items()}
+    if prepared.uses_teacher:
+        teachers = prepared.config.named_teachers()
+        found |= {f"teacher {name}".strip(): teacher.model for name, teacher in teachers.items()}
+    return found
 
 
 def _attach(rings: Rings, config: RunConfig, rank: int, device: torch.device, stack: ExitStack) -> HiddenStatesClient:
@@ -186,13 +196,16 @@ def _attach(rings: Rings, config: RunConfig, rank: int, device: torch.device, st
     # GPU are freed when they have gone.
     hidden = attach_hidden_ring(rings.hidden[rank], placement=rings.placement, role="consumer", device=device)
     stack.enter_context(hidden)
-    requests = stack.enter_context(RequestRing.attach(rings.requests, role="producer"))
+    requests = {
+        name: stack.enter_context(RequestRing.attach(handle, role="producer"))
+        for name, handle in rings.requests.items()
+    }
     return HiddenStatesClient(
         requests,
         hidden,
         rank=rank,
         timeout_s=config.transport.timeout_s,
-        max_resends=config.teacher.max_restarts,
+        max_resends=max(teacher.max_restarts for teacher in config.named_teachers().values()),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -73,7 +74,7 @@ class Progress:
         )
         if not self._console.is_terminal and metrics.step % self._log_every == 0:
             self._line(
-                f"step {metrics.step}/{self._num_steps}  loss {metrics.loss:.4f}  "
+                f"step {metrics.step}/{self._num_steps}  loss {metrics.loss:.4f}{_by_teacher(metrics, 'loss')}  "
                 f"grad norm {metrics.grad_norm:.2f}  lr {metrics.learning_rate:.2e}  "
                 f"student {metrics.student_tokens_per_s:,.0f} tok/s  "
                 + (
@@ -89,7 +90,7 @@ class Progress:
         kl, agreement = metrics.kl, metrics.top1_agreement
         self._line(
             f"eval after {metrics.step} steps: "
-            + ("" if math.isnan(kl) else f"KL(teacher||student) {kl:.4f} nats  ")
+            + ("" if math.isnan(kl) else f"KL(teacher||student) {kl:.4f} nats{_by_teacher(metrics, 'kd_loss')}  ")
             + f"perplexity {metrics.perplexity:,.2f}  "
             + ("" if math.isnan(agreement) else f"top-1 agreement {agreement:.1%}  ")
             + f"({metrics.num_loss_tokens} tokens)"
@@ -103,3 +104,9 @@ class Progress:
 
     def _line(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def _by_teacher(metrics: StepMetrics | EvalMetrics, number: Literal["loss", "kd_loss"]) -> str:
+    """` (code 1.2345, math 0.1234)`, where there are several."""
+    parts = [f"{name} {getattr(own, number):.4f}" for name, own in metrics.teachers.items()]
+    return f" ({', '.join(parts)})" if parts else ""

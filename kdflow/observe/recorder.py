@@ -19,7 +19,8 @@ class Recorder:
     """Writes `metrics.jsonl` and `tensorboard/` in the run's folder, line by line.
 
     Every line has `kind` ("train", "eval" or "warning"), `time` (seconds since the epoch) and the fields
-    of StepMetrics or EvalMetrics, or `text`. Numbers that are not finite are null.
+    of StepMetrics or EvalMetrics, or `text`. Numbers that are not finite are null. Where there are several teachers,
+    `teachers` has an object of each, and TensorBoard their numbers under `train/NAME/` and `eval/NAME/`.
 
     Args:
         folder: of the run.
@@ -47,15 +48,22 @@ class Recorder:
         self._lines.close()
         self._board.close()
 
-    def _write(self, kind: str, values: dict[str, float]) -> None:
-        self._line(kind, {n: v if math.isfinite(v) else None for n, v in values.items()})
+    def _write(self, kind: str, values: dict[str, Any]) -> None:
+        teachers: dict[str, dict[str, float]] = values.pop("teachers")
+        by_teacher = {"teachers": {name: _finite(own) for name, own in teachers.items()}} if teachers else {}
+        self._line(kind, {**_finite(values), **by_teacher})
         step = int(values.pop("step"))
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        for prefix, numbers in ((kind, values), *((f"{kind}/{name}", own) for name, own in teachers.items())):
+            for name, value in numbers.items():
+                self._board.add_scalar(f"{prefix}/{name}", value, step)
 
     def _line(self, kind: str, values: dict[str, Any]) -> None:
         self._lines.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
         self._lines.flush()
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _cut(path: Path, first_step: int) -> None:

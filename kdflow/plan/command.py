@@ -14,7 +14,7 @@ from kdflow.modeling import hide_progress_bars, resolve_device, resolve_dtype
 from kdflow.plan.plan import TAIL_STEPS, WARM_UP_STEPS, Machine, Plan, make_plan
 from kdflow.plan.printing import print_plan
 from kdflow.plan.rates import GPUS, Rates, load_rates
-from kdflow.plan.shapes import load_shape
+from kdflow.plan.shapes import load_shape, load_teachers
 from kdflow.plan.workload import Workload, data_workload, uniform_workload
 
 SIMULATED_STEPS = 8
@@ -60,18 +60,19 @@ def plan_of(config: RunConfig, options: argparse.Namespace) -> Plan:
         ConfigError, DataError: an option or a model that cannot be, data that cannot be read.
     """
     _check(options)
-    if not config.teacher.model:
+    if not all(teacher.model for teacher in config.named_teachers().values()):
         raise ConfigError("teacher.model: a plan is one of teacher and student, and no teacher is given; name one")
     rates = load_rates(options.rates)
     machine = make_machine(config, rates, num_gpus=options.gpus, num_nodes=options.nodes)
     return make_plan(
-        config, load_shape(config.student.model), load_shape(config.teacher.model), _workload(config, options), machine
+        config, load_shape(config.student.model), load_teachers(config), _workload(config, options), machine
     )
 
 
 def make_machine(config: RunConfig, rates: Rates, *, num_gpus: int | None = None, num_nodes: int = 1) -> Machine:
     """A CPU is one device; else a GPU for each rank and each shard of a teacher, unless told otherwise."""
-    wanted = config.student.num_ranks + config.teacher.num_workers * config.teacher.tp_size
+    teachers = config.named_teachers().values()
+    wanted = config.student.num_ranks + sum(teacher.num_workers * teacher.tp_size for teacher in teachers)
     # A CPU's auto is asked of this one; every GPU has bfloat16.
     dtype = config.student.compute_dtype
     resolved = resolve_dtype(dtype, resolve_device("cpu")) if rates.shared or dtype != "auto" else torch.bfloat16

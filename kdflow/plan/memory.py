@@ -7,7 +7,7 @@ and the buffers of the loss's backend.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdflow.plan.shapes import ModelShape
@@ -100,7 +100,7 @@ def _torch_loss(student: ModelShape, columns: int, num_rows: int, item: int) -> 
 
 def student_memory(
     shape: ModelShape,
-    teacher: ModelShape,
+    teachers: Sequence[ModelShape],
     *,
     num_tokens: int,
     num_rows: int,
@@ -124,13 +124,14 @@ def student_memory(
         "master weights, fp32": FP32 * params / num_ranks,
         "AdamW moments, fp32": 2 * FP32 * params / num_ranks,
         "weights gathered for computing": float(item * gathered),
-        "teacher's head": float(teacher_item * teacher.head_params),
+        "teachers' heads": float(teacher_item * sum(teacher.head_params for teacher in teachers)),
         "ring": ring_bytes,
     }
     # Until the last microbatch, gradients wait whole and in fp32.
     waiting = FP32 * params if num_microbatches > 1 else 0
     activations = activation_bytes(shape, num_tokens, item, checkpointing=checkpointing, on_gpu=on_gpu)
-    loss = loss_memory(shape, teacher, num_rows, item=item, on_gpu=on_gpu)
+    losses = [loss_memory(shape, teacher, num_rows, item=item, on_gpu=on_gpu) for teacher in teachers]
+    loss = max(losses, key=lambda memory: memory.scratch + memory.gradients)
     at_loss = {
         **fixed,
         "gradients, fp32": float(waiting),

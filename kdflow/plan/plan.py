@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -50,8 +51,9 @@ class Machine:
 class Plan:
     """
     Attributes:
-        student_memory, teacher_memory: of one rank and of one GPU of a worker.
-        capacity_bytes: what the two, if they share a device, or each of them may take.
+        student_memory, teacher_memory: of one rank, and by teacher of one GPU of a worker.
+        needed_bytes: of the fullest device, all processes on it together.
+        capacity_bytes: what they may take.
         sharing: a rank and a teacher are on one device.
         step_s: seconds of a step by part, each alone on its device, mean over ranks and steps.
         outcome: of the simulation.
@@ -65,9 +67,10 @@ class Plan:
     machine: Machine
     workload: Workload
     student: ModelShape
-    teacher: ModelShape
+    teachers: Mapping[str, ModelShape]
     student_memory: Memory
-    teacher_memory: Memory
+    teacher_memory: Mapping[str, Memory]
+    needed_bytes: float
     capacity_bytes: float
     sharing: bool
     step_s: Mapping[str, float]
@@ -78,20 +81,15 @@ class Plan:
     bottleneck: str
 
     @property
-    def needed_bytes(self) -> float:
-        student, teacher = self.student_memory.total, self.teacher_memory.total
-        return student + teacher if self.sharing else max(student, teacher)
-
-    @property
     def fits(self) -> bool:
         return self.needed_bytes <= self.capacity_bytes
 
 
 def make_plan(
-    config: RunConfig, student: ModelShape, teacher: ModelShape, workload: Workload, machine: Machine
+    config: RunConfig, student: ModelShape, teachers: Mapping[str, ModelShape], workload: Workload, machine: Machine
 ) -> Plan:
     """The run as configured, with the workload's timed steps standing for all of them."""
-    planner = _Planner(config, student, teacher, workload, machine)
+    planner = _Planner(config, student, teachers, workload, machine)
     outcome = simulate(planner.schedule(), warm_up_steps=WARM_UP_STEPS, tail_steps=TAIL_STEPS)
     timed = timed_steps(workload)
     tokens = sum(piece.num_tokens for step in timed for ranks in step for piece in ranks)
@@ -104,9 +102,10 @@ def make_plan(
         machine=machine,
         workload=workload,
         student=student,
-        teacher=teacher,
+        teachers=teachers,
         student_memory=on_student,
         teacher_memory=on_teacher,
+        needed_bytes=planner.needed_bytes(on_student, on_teacher),
         capacity_bytes=USABLE * machine.rates.capacity_bytes,
         sharing=planner.sharing,
         step_s=planner.step_seconds(),
@@ -122,24 +121,44 @@ def timed_steps(workload: Workload) -> Sequence[Sequence[Sequence[Piece]]]:
     return workload.steps[WARM_UP_STEPS : len(workload.steps) - TAIL_STEPS]
 
 
+def named(what: str, name: str) -> str:
+    """`teacher math`, or `teacher` alone where it has no name."""
+    return f"{what} {name}".strip()
+
+
+def _prefill(name: str) -> str:
+    """The part of a step."""
+    return f"{named('teacher', name)}: prefill"
+
+
 class _Planner:
     def __init__(
-        self, config: RunConfig, student: ModelShape, teacher: ModelShape, workload: Workload, machine: Machine
+        self,
+        config: RunConfig,
+        student: ModelShape,
+        teachers: Mapping[str, ModelShape],
+        workload: Workload,
+        machine: Machine,
     ) -> None:
-        self._config, self._student, self._teacher = config, student, teacher
+        self._config, self._student, self._shapes = config, student, teachers
+        self._teachers = config.named_teachers()
         self._workload, self._machine = workload, machine
         self._num_ranks = config.student.num_ranks
-        self._shards = config.teacher.tp_size
         rates, per_node = machine.rates, math.ceil(machine.num_devices / machine.num_nodes)
         one_node = machine.num_nodes == 1
         self._gather_rate = rates.node_bytes if self._num_ranks <= per_node else rates.network_bytes
         self._row_rate = rates.link_bytes if one_node else rates.network_bytes
-        self._students = [0 if rates.shared else rank % machine.num_devices for rank in range(self._num_ranks)]
-        self._teachers = [
-            0 if rates.shared else (self._num_ranks + worker * self._shards) % machine.num_devices
-            for worker in range(config.teacher.num_workers)
-        ]
-        self.sharing = bool(set(self._students) & set(self._teachers))
+        number = itertools.count()  # a CPU is device 0 to all
+        self._students = [next(number) % machine.num_devices for _ in range(self._num_ranks)]
+        # Of each teacher, for each worker, the devices of its shards.
+        self._shards = {
+            name: [
+                [next(number) % machine.num_devices for _ in range(teacher.tp_size)] for _ in range(teacher.num_workers)
+            ]
+            for name, teacher in self._teachers.items()
+        }
+        prefilling = {shards[0] for workers in self._shards.values() for shards in workers}
+        self.sharing = bool(prefilling & set(self._students))
 
     def schedule(self) -> Schedule:
         costs = [[[self._costs(piece) for piece in ranks] for ranks in step] for step in self._workload.steps]
@@ -147,7 +166,7 @@ class _Planner:
             steps=costs,
             optimizer_s=self._seconds(self._optimizer()),
             student_devices=self._students,
-            teacher_devices=self._teachers,
+            teacher_devices={name: [shards[0] for shards in workers] for name, workers in self._shards.items()},
             num_slots=self._config.transport.num_slots,
         )
 
@@ -164,7 +183,7 @@ class _Planner:
         return work.optimizer_work(self._student.num_params / self._num_ranks, self._machine.item)
 
     def _costs(self, piece: Piece) -> Costs:
-        student, item = self._student, self._machine.item
+        student, teacher, item = self._student, self._shapes[piece.teacher_name], self._machine.item
         forward = self._seconds(work.forward_work(student, piece.lengths, item))
         checkpointing = self._config.student.activation_checkpointing == "full"
         backward = work.backward_work(student, piece.lengths, item, recomputed=checkpointing)
@@ -174,19 +193,21 @@ class _Planner:
         gather, reduce = item * moved / self._gather_rate, FP32 * moved / self._gather_rate
         return Costs(
             prefill_s=self._prefill_s(piece),
-            transfer_s=piece.num_rows * self._teacher.hidden_size * item / self._row_rate,
+            transfer_s=piece.num_rows * teacher.hidden_size * item / self._row_rate,
             forward_s=max(forward, gather),
-            loss_s=self._seconds(work.loss_work(student, self._teacher, piece.num_rows)),
+            loss_s=self._seconds(work.loss_work(student, teacher, piece.num_rows)),
             backward_s=max(self._seconds(backward), gather + reduce),
+            teacher=piece.teacher_name,
         )
 
     def _prefill_s(self, piece: Piece) -> float:
-        teacher, item = self._teacher, self._machine.item
+        teacher, item = self._shapes[piece.teacher_name], self._machine.item
+        shards = self._teachers[piece.teacher_name].tp_size
         alone = self._seconds(work.forward_work(teacher, piece.teacher_lengths, item))
         # Two sums over the shards of a layer's output, each sent and received once.
         summed = 4 * teacher.num_layers * sum(piece.teacher_lengths) * teacher.hidden_size * item
-        exchange = summed * (self._shards - 1) / self._shards / self._machine.rates.node_bytes
-        return alone / self._shards + exchange
+        exchange = summed * (shards - 1) / shards / self._machine.rates.node_bytes
+        return alone / shards + exchange
 
     def step_seconds(self) -> dict[str, float]:
         schedule = self.schedule()
@@ -196,9 +217,12 @@ class _Planner:
         def mean(name: str) -> float:
             return statistics.fmean(getattr(costs, name) for costs in pieces) * per_step
 
-        workers = self._config.teacher.num_workers
+        def prefill(name: str) -> float:
+            seconds = sum(costs.prefill_s for costs in pieces if costs.teacher == name)
+            return seconds / len(schedule.steps) / self._teachers[name].num_workers
+
         return {
-            "teacher: prefill": mean("prefill_s") * self._num_ranks / workers,
+            **{_prefill(name): prefill(name) for name in self._teachers},
             "ring: transfer": mean("transfer_s"),
             "student: forward": mean("forward_s"),
             "student: loss": mean("loss_s"),
@@ -206,13 +230,14 @@ class _Planner:
             "student: optimizer": schedule.optimizer_s,
         }
 
-    def memory(self, num_tokens: int, num_rows: int, *, num_microbatches: int) -> tuple[Memory, Memory]:
-        """Of a rank and of a teacher's GPU, for a largest microbatch of so many tokens and rows."""
+    def memory(self, num_tokens: int, num_rows: int, *, num_microbatches: int) -> tuple[Memory, dict[str, Memory]]:
+        """Of a rank and of each teacher's GPU, for a largest microbatch of so many tokens and rows."""
         machine, config = self._machine, self._config
         slots = config.transport.num_slots * config.training.tokens_per_microbatch
+        widest = max(shape.hidden_size for shape in self._shapes.values())
         on_student = student_memory(
             self._student,
-            self._teacher,
+            list(self._shapes.values()),
             num_tokens=num_tokens,
             num_rows=num_rows,
             num_ranks=self._num_ranks,
@@ -221,18 +246,31 @@ class _Planner:
             teacher_item=machine.item,
             checkpointing=config.student.activation_checkpointing == "full",
             on_gpu=machine.on_gpu,
-            ring_bytes=float(slots * self._teacher.hidden_size * machine.item) if machine.on_gpu else 0.0,
+            ring_bytes=float(slots * widest * machine.item) if machine.on_gpu else 0.0,
             process_bytes=machine.rates.process_bytes,
         )
-        on_teacher = teacher_memory(
-            self._teacher,
-            num_tokens=num_tokens,
-            item=machine.item,
-            with_kv=config.teacher.backend != "hf",
-            process_bytes=machine.rates.process_bytes,
-            num_shards=self._shards,
-        )
-        return on_student, on_teacher
+        on_teachers = {
+            name: teacher_memory(
+                self._shapes[name],
+                num_tokens=num_tokens,
+                item=machine.item,
+                with_kv=teacher.backend != "hf",
+                process_bytes=machine.rates.process_bytes,
+                num_shards=teacher.tp_size,
+            )
+            for name, teacher in self._teachers.items()
+        }
+        return on_student, on_teachers
+
+    def needed_bytes(self, student: Memory, teachers: Mapping[str, Memory]) -> float:
+        """Of the fullest device."""
+        needed = [0.0] * self._machine.num_devices
+        for device in self._students:
+            needed[device] += student.total
+        for name, workers in self._shards.items():
+            for device in itertools.chain(*workers):
+                needed[device] += teachers[name].total
+        return max(needed)
 
     def largest_budget(self) -> int | None:
         """By halving, in steps of 256 tokens; a microbatch that is full, with the workload's share of loss rows."""
@@ -241,9 +279,8 @@ class _Planner:
 
         def fits(budget: int) -> bool:
             microbatches = math.ceil(step_tokens / (self._num_ranks * budget))
-            student, teacher = self.memory(budget, math.ceil(share * budget), num_microbatches=microbatches)
-            needed = student.total + teacher.total if self.sharing else max(student.total, teacher.total)
-            return needed <= USABLE * self._machine.rates.capacity_bytes
+            memory = self.memory(budget, math.ceil(share * budget), num_microbatches=microbatches)
+            return self.needed_bytes(*memory) <= USABLE * self._machine.rates.capacity_bytes
 
         low, high = 0, MAX_BUDGET // BUDGET_STEP
         while low < high:
@@ -252,30 +289,28 @@ class _Planner:
         return low * BUDGET_STEP or None
 
     def bottleneck(self, outcome: Outcome) -> str:
+        parts = self.step_seconds()
+        student_parts = {part: seconds for part, seconds in parts.items() if part.startswith("student: ")}
+        student_s = sum(student_parts.values())
         if self.sharing:
-            by_side = {"teacher": 0.0, "student": 0.0}
-            for part, seconds in self.step_seconds().items():
-                side = part.partition(":")[0]
-                if side in by_side:
-                    by_side[side] += seconds * (self._config.teacher.num_workers if side == "teacher" else 1)
-            share = by_side["teacher"] / sum(by_side.values())
+            teacher_s = sum(parts[_prefill(name)] * teacher.num_workers for name, teacher in self._teachers.items())
+            share = teacher_s / (teacher_s + student_s)
             return f"teacher and student share a device: {share:.0%} of its time is prefilling"
-        if outcome.wait > NOTICEABLE_WAIT and outcome.teacher_busy > 0.9:
-            needed = self._config.teacher.num_workers * self._student_share(outcome)
+        name = max(outcome.busy, key=lambda name: outcome.busy[name])
+        if outcome.wait > NOTICEABLE_WAIT and outcome.busy[name] > 0.9:
+            num_workers = self._teachers[name].num_workers
+            # As many times faster as the students' own pace is than the teacher's.
+            needed = math.ceil(num_workers * parts[_prefill(name)] / student_s)
+            whose = f" of {named('teacher', name)}" if name else ""
             return (
                 f"teachers: ranks wait {outcome.wait:.0%} of the time; "
-                f"about {math.ceil(needed)} workers instead of {self._config.teacher.num_workers} would keep up"
+                f"about {needed} workers{whose} instead of {num_workers} would keep up"
             )
         if outcome.wait > NOTICEABLE_WAIT:
             return (
                 f"the ring: ranks wait {outcome.wait:.0%} of the time while teachers are idle "
-                f"{1 - outcome.teacher_busy:.0%}; raise transport.num_slots above {self._config.transport.num_slots}"
+                f"{1 - outcome.busy[name]:.0%}; raise transport.num_slots above {self._config.transport.num_slots}"
             )
-        parts = {k: v for k, v in self.step_seconds().items() if k.startswith("student")}
-        most = max(parts, key=lambda part: parts[part])
-        return f"students, which never wait; {most.partition(': ')[2]} takes {parts[most] / sum(parts.values()):.0%}"
-
-    def _student_share(self, outcome: Outcome) -> float:
-        """How many times the students' own pace is of the teachers'."""
-        parts = self.step_seconds()
-        return parts["teacher: prefill"] / sum(v for k, v in parts.items() if k.startswith("student"))
+        most = max(student_parts, key=lambda part: student_parts[part])
+        share = student_parts[most] / student_s
+        return f"students, which never wait; {most.partition(': ')[2]} takes {share:.0%}"

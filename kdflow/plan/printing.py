@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdflow.plan.memory import Memory
-from kdflow.plan.plan import Plan
+from kdflow.plan.plan import Plan, named
 from kdflow.plan.shapes import ModelShape
 
 GIB, MIB = 2**30, 2**20
@@ -18,14 +18,18 @@ def print_plan(plan: Plan, console: Console) -> None:
     nodes = "" if machine.num_nodes == 1 else f" on {machine.num_nodes} nodes"
     lines = [
         f"student  {_model(plan.student)}, {plan.config.student.num_ranks} rank(s)",
-        f"teacher  {_model(plan.teacher)}, {plan.config.teacher.num_workers} worker(s)",
+        *(
+            f"{named('teacher', name)}  {_model(shape)}, {plan.config.named_teachers()[name].num_workers} worker(s)"
+            for name, shape in plan.teachers.items()
+        ),
         f"machine  {devices}{nodes}; rates: {machine.rates.source}",
         f"data     {plan.workload.source}",
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(_memory_table("memory of a student rank", plan.student_memory))
-    console.print(_memory_table("memory of a teacher's device", plan.teacher_memory))
+    for name, memory in plan.teacher_memory.items():
+        console.print(_memory_table(f"memory of {named('teacher', name)}", memory))
     console.print(_time_table(plan))
     for line in summary(plan):
         console.print(line, highlight=False, soft_wrap=True)
@@ -33,18 +37,18 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def summary(plan: Plan) -> list[str]:
     """What one wants to know first, a line each."""
-    together = "both together" if plan.sharing else "the larger of both"
+    together = "students and teachers together" if plan.sharing else "the larger of both"
     fit = "fits" if plan.fits else "does NOT fit"
     budget = plan.config.training.tokens_per_microbatch
     largest = f"{plan.largest_budget:,} tokens" if plan.largest_budget else "nothing"
     shown = plan.outcome
+    busy = ", ".join(f"{named('teacher', name)} {share:.0%}" for name, share in shown.busy.items())
     return [
         f"memory      {plan.needed_bytes / GIB:.2f} GiB, {together}, of {plan.capacity_bytes / GIB:.1f} usable: {fit}",
         f"microbatch  {largest} would fit; training.tokens_per_microbatch is {budget:,}",
         f"speed       {plan.tokens_per_s:,.0f} tokens/s, {plan.hours:,.2f} hours "
         f"for {plan.config.training.num_steps} steps",
-        f"busy        students {shown.student_busy:.0%}, teachers {shown.teacher_busy:.0%}, "
-        f"ranks wait {shown.wait:.0%} of the time",
+        f"busy        students {shown.student_busy:.0%}, {busy}, ranks wait {shown.wait:.0%} of the time",
         f"bottleneck  {plan.bottleneck}",
     ]
 

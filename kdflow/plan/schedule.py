@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -23,6 +23,7 @@ class Costs:
     forward_s: float
     loss_s: float
     backward_s: float
+    teacher: str = ""  # who prefills it
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,15 @@ class Schedule:
 
     Attributes:
         optimizer_s: of each step, every rank.
-        student_devices, teacher_devices: numbers of the devices; the same number means the same device.
+        student_devices: numbers of the devices; the same number means the same device.
+        teacher_devices: of each teacher's workers, by its name.
         num_slots: of each rank's ring.
     """
 
     steps: Sequence[Sequence[Sequence[Costs]]]
     optimizer_s: float
     student_devices: Sequence[int]
-    teacher_devices: Sequence[int]
+    teacher_devices: Mapping[str, Sequence[int]]
     num_slots: int
 
 
@@ -47,16 +49,21 @@ class Outcome:
     """
     Attributes:
         seconds: from the first step's begin to the last one's end, and by step.
-        teacher_busy: share of the time in which a teacher prefills, mean over teachers.
+        busy: share of the time in which a teacher prefills, mean over its workers, by name.
         student_busy: the same of students that compute.
         wait: share of the time in which a rank stands still for want of rows, mean over ranks.
     """
 
     seconds: float
     step_seconds: tuple[float, ...]
-    teacher_busy: float
+    busy: Mapping[str, float]
     student_busy: float
     wait: float
+
+    @property
+    def teacher_busy(self) -> float:
+        """Of the busiest."""
+        return max(self.busy.values())
 
 
 class _Clock:
@@ -123,16 +130,17 @@ class _Simulation:
         for step in schedule.steps:
             done += len(step)
             self._step_ends.add(done - 1)
-        self._queue: deque[tuple[int, int]] = deque()
-        self._idle = list(range(len(schedule.teacher_devices)))
+        self._queues: dict[str, deque[tuple[int, int]]] = {name: deque() for name in schedule.teacher_devices}
+        self._idle = {name: list(devices) for name, devices in schedule.teacher_devices.items()}
         self._asked = 0  # microbatches
         self._ready: set[tuple[int, int]] = set()
         self._waiting: dict[tuple[int, int], float] = {}
         self._at = 0  # the microbatch under way
         self._left = 0  # ranks still in it
-        self.prefill_s = self.student_s = self.wait_s = 0.0
-        # Time and the three sums at the end of each step.
-        self.step_ends: list[tuple[float, float, float, float]] = [(0.0, 0.0, 0.0, 0.0)]
+        self.student_s = self.wait_s = 0.0
+        self.prefill_s = dict.fromkeys(schedule.teacher_devices, 0.0)
+        self.step_ends: list[tuple[float, ...]] = []
+        self._note_end()
 
     def run(self) -> None:
         self._ask()
@@ -142,22 +150,30 @@ class _Simulation:
     def _ask(self) -> None:
         """All ranks at once, so their requests take turns."""
         end = min(self._at + self._schedule.num_slots, len(self._work))
-        self._queue.extend((rank, index) for index in range(self._asked, end) for rank in range(self._num_ranks))
+        for index in range(self._asked, end):
+            for rank in range(self._num_ranks):
+                self._queues[self._work[index][rank].teacher].append((rank, index))
         self._asked = end
-        self._serve()
+        for name in self._queues:
+            self._serve(name)
 
-    def _serve(self) -> None:
-        while self._idle and self._queue:
-            teacher, (rank, index) = self._idle.pop(0), self._queue.popleft()
+    def _serve(self, name: str) -> None:
+        idle, queue = self._idle[name], self._queues[name]
+        while idle and queue:
+            device, (rank, index) = idle.pop(0), queue.popleft()
             costs, start = self._work[index][rank], self._clock.now
 
-            def done(teacher: int = teacher, key: tuple[int, int] = (rank, index), start: float = start) -> None:
-                self.prefill_s += self._clock.now - start
-                self._idle.append(teacher)
+            def done(device: int = device, key: tuple[int, int] = (rank, index), start: float = start) -> None:
+                self.prefill_s[name] += self._clock.now - start
+                idle.append(device)
                 self._clock.after(self._work[key[1]][key[0]].transfer_s, lambda: self._arrive(key))
-                self._serve()
+                self._serve(name)
 
-            self._clock.start(self._schedule.teacher_devices[teacher], costs.prefill_s, done)
+            self._clock.start(device, costs.prefill_s, done)
+
+    def _note_end(self) -> None:
+        """Time and all sums at the end of a step."""
+        self.step_ends.append((self._clock.now, self.student_s, self.wait_s, *self.prefill_s.values()))
 
     def _arrive(self, key: tuple[int, int]) -> None:
         self._ready.add(key)
@@ -207,7 +223,7 @@ class _Simulation:
     def _end_step(self) -> None:
         self._left -= 1
         if not self._left:
-            self.step_ends.append((self._clock.now, self.prefill_s, self.student_s, self.wait_s))
+            self._note_end()
             self._next()
 
     def _next(self) -> None:
@@ -221,12 +237,12 @@ def simulate(schedule: Schedule, *, warm_up_steps: int = 0, tail_steps: int = 0)
     simulation = _Simulation(schedule)
     simulation.run()
     ends = simulation.step_ends[warm_up_steps : len(simulation.step_ends) - tail_steps]
-    seconds, prefill_s, student_s, wait_s = (last - first for first, last in zip(ends[0], ends[-1], strict=True))
-    num_ranks, num_teachers = len(schedule.student_devices), len(schedule.teacher_devices)
+    seconds, student_s, wait_s, *prefill_s = (last - first for first, last in zip(ends[0], ends[-1], strict=True))
+    num_ranks, teachers = len(schedule.student_devices), schedule.teacher_devices.items()
     return Outcome(
         seconds=seconds,
         step_seconds=tuple(after[0] - before[0] for before, after in itertools.pairwise(ends)),
-        teacher_busy=prefill_s / (num_teachers * seconds),
+        busy={name: s / (len(devices) * seconds) for (name, devices), s in zip(teachers, prefill_s, strict=True)},
         student_busy=student_s / (num_ranks * seconds),
         wait=wait_s / (num_ranks * seconds),
     )

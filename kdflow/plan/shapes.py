@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from kdflow.config import RunConfig
 from kdflow.errors import ConfigError
 from kdflow.modeling import load_model_config
 
@@ -71,6 +72,15 @@ def load_shape(model: str) -> ModelShape:
         ConfigError: no such model, or not a decoder of layers with attention and MLP.
     """
     return shape_of(load_model_config(model), model)
+
+
+def load_teachers(config: RunConfig) -> dict[str, ModelShape]:
+    """Of all teachers of a run, by name.
+
+    Raises:
+        ConfigError: as `load_shape`.
+    """
+    return {name: load_shape(teacher.model) for name, teacher in config.named_teachers().items()}
 
 
 def shape_of(config: Any, name: str) -> ModelShape:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdflow.config import RunConfig
-from kdflow.data import Step, load_datasets, pack_step, training_steps
+from kdflow.data import Step, apportion, load_datasets, pack_step, training_steps
 from kdflow.modeling import load_tokenizer
 from kdflow.types import Sample
 
@@ -20,6 +20,7 @@ class Piece:
     lengths: tuple[int, ...]
     num_rows: int
     teacher_lengths: tuple[int, ...]
+    teacher_name: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -57,7 +58,8 @@ def data_workload(config: RunConfig, num_steps: int, num_ranks: int, *, first_st
     Raises:
         ConfigError, DataError: the tokenizer or the data cannot be had here.
     """
-    train, _ = load_datasets(config.data, load_tokenizer(config.student.model), config.seed)
+    tokenizer, teachers = load_tokenizer(config.student.model), tuple(config.named_teachers())
+    train, _ = load_datasets(config.data, tokenizer, config.seed, teachers)
     training = config.training
 
     def of_rank(rank: int) -> list[Step]:
@@ -81,9 +83,22 @@ def data_workload(config: RunConfig, num_steps: int, num_ranks: int, *, first_st
 def uniform_workload(
     config: RunConfig, num_steps: int, num_ranks: int, *, tokens_per_sample: int, loss_share: float
 ) -> Workload:
-    """Every sample has as many tokens, the last `loss_share` of them in the loss."""
+    """Every sample has as many tokens, the last `loss_share` of them in the loss.
+
+    Teachers have samples by the weights of their sources, equally many where rows name them.
+    """
     mask = np.arange(tokens_per_sample) >= round((1 - loss_share) * tokens_per_sample)
-    samples = [Sample(np.zeros(tokens_per_sample, np.int32), mask, i) for i in range(config.training.samples_per_step)]
+    weights = dict.fromkeys(config.named_teachers(), 0.0)
+    for item in config.data.train_sources():
+        if item.teacher in weights:
+            weights[item.teacher] += item.weight
+    shares = apportion(
+        [w if all(weights.values()) else 1.0 for w in weights.values()], config.training.samples_per_step
+    )
+    names = [name for name, share in zip(weights, shares, strict=True) for _ in range(share)]
+    samples = [
+        Sample(np.zeros(tokens_per_sample, np.int32), mask, i, teacher_name=name) for i, name in enumerate(names)
+    ]
     budget = config.training.tokens_per_microbatch
 
     def of_rank(rank: int) -> list[Step]:
@@ -97,7 +112,10 @@ def _by_step(ranks: Sequence[Sequence[Step]]) -> tuple[tuple[tuple[Piece, ...], 
     """Ranks have as many microbatches in each step."""
     return tuple(
         tuple(
-            tuple(Piece(m.sequence_lengths, m.num_loss_tokens, m.for_teacher().sequence_lengths) for m in microbatches)
+            tuple(
+                Piece(m.sequence_lengths, m.num_loss_tokens, m.for_teacher().sequence_lengths, m.teacher_name)
+                for m in microbatches
+            )
             for microbatches in zip(*(step.microbatches for step in steps), strict=True)
         )
         for steps in zip(*ranks, strict=True)

@@ -48,7 +48,7 @@ class CheckpointStore:
     Args:
         folder: of the checkpoints.
         student: whose state it is.
-        data: fingerprint of the training data; that of the student is added to it.
+        data: fingerprint of the training data and the teachers; that of the student is added to it.
         keep_last: newest checkpoints that are kept.
         keep_best: whether the one of lowest score is kept, too.
         seed: of the random state of ranks that a checkpoint does not know.
@@ -129,7 +129,7 @@ class CheckpointStore:
         and one that it does not know gets one from the seed, the step and its number.
 
         Raises:
-            CheckpointError: it is of another student or other data, or cannot be read.
+            CheckpointError: it is of another student, other data or teachers, or cannot be read.
         """
         checkpoint = self._folder.newest()
         if checkpoint is None:

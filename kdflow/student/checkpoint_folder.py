@@ -26,7 +26,7 @@ class CheckpointInfo:
         num_ranks: that wrote it.
         num_skipped: steps so far whose gradients were dropped.
         score: of the evaluation after its last step, lower is better; None where there was none.
-        fingerprint: of student and data.
+        fingerprint: of student, data and teachers.
     """
 
     num_steps_done: int
@@ -134,7 +134,7 @@ class CheckpointFolder:
 def check_fingerprint(checkpoint: Checkpoint, fingerprint: Fingerprint) -> None:
     """
     Raises:
-        CheckpointError: it is of another student or other data; what differs is named.
+        CheckpointError: it is of another student, other data or teachers; what differs is named.
     """
     then = checkpoint.info.fingerprint
     differing = [
@@ -144,8 +144,8 @@ def check_fingerprint(checkpoint: Checkpoint, fingerprint: Fingerprint) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f"resume: {checkpoint.path} is of another run: {'; '.join(differing)}. Give the student and the data it "
-            "was written with, or another output_dir"
+            f"resume: {checkpoint.path} is of another run: {'; '.join(differing)}. Give the student, the data and "
+            "the teachers it was written with, or another output_dir"
         )
 
 

@@ -7,7 +7,7 @@ the loss and reduce its gradient after it, tied or untied. Fetching the head fro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -36,13 +36,23 @@ from kdflow_kernels import KDLossOutput
 
 
 class _StudentModule(torch.nn.Module):
-    """The FSDP root: causal LM and loss in one forward."""
+    """The FSDP root: causal LM and loss in one forward.
 
-    def __init__(self, model: Any, algorithm: Algorithm, teacher_head: LMHead, device: torch.device) -> None:
+    Ranks may have another teacher each in the same forward: heads are plain tensors, whole on every rank, and the loss
+    speaks with no other rank.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        algorithms: Mapping[str, Algorithm],
+        teacher_heads: Mapping[str, LMHead],
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.model = model
-        self._algorithm = algorithm
-        self._teacher_head = teacher_head
+        self._algorithms = algorithms
+        self._teacher_heads = teacher_heads
         self._rows_to_device = RowsToDevice(device)
         self._logit_scale, self._softcap = head_options(model.config)
 
@@ -66,9 +76,10 @@ class _StudentModule(torch.nn.Module):
             hidden.index_select(0, rows),
             LMHead(head.weight, head.bias, self._logit_scale, self._softcap),
         )
-        teacher = LossRows(self._rows_to_device(teacher_rows), self._teacher_head)
+        teacher = LossRows(self._rows_to_device(teacher_rows), self._teacher_heads[microbatch.teacher_name])
         labels = to_device(microbatch.shift_labels(), device)
-        compute = self._algorithm.loss if training else self._algorithm.evaluate
+        algorithm = self._algorithms[microbatch.teacher_name]
+        compute = algorithm.loss if training else algorithm.evaluate
         return compute(student, teacher, labels, num_items=num_items)
 
 
@@ -78,8 +89,8 @@ class FSDP2Student:
     Args:
         config: which model and how it computes.
         optimizer: AdamW and its schedule.
-        algorithm: the loss.
-        teacher_head: on `device`, in the teacher's dtype.
+        algorithms: the loss with each teacher, by its name.
+        teacher_heads: by the same names, on `device`, in the teacher's dtype.
         device: of this rank.
         num_steps: where the schedule ends.
 
@@ -92,8 +103,8 @@ class FSDP2Student:
         config: StudentConfig,
         optimizer: OptimizerConfig,
         *,
-        algorithm: Algorithm,
-        teacher_head: LMHead,
+        algorithms: Mapping[str, Algorithm],
+        teacher_heads: Mapping[str, LMHead],
         device: torch.device,
         num_steps: int,
     ) -> None:
@@ -105,7 +116,7 @@ class FSDP2Student:
         model: Any = source if whole else _shell(config, compute_dtype)
         layers = decoder_layers(model)
         wrap_layers(layers, config)
-        self.module = _StudentModule(model.train(), algorithm, teacher_head, device)
+        self.module = _StudentModule(model.train(), algorithms, teacher_heads, device)
         self._copies = None
         if whole and not config.cpu_offload:
             # FSDP would have nothing to shard, and copy every weight and gradient several times.

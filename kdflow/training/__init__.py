@@ -1,7 +1,7 @@
 """The one loop that every algorithm and source goes through."""
 
 from kdflow.training.loop import Checkpoints, Observer, Trainer
-from kdflow.training.metrics import EvalMetrics, StepMetrics
+from kdflow.training.metrics import EvalMetrics, StepMetrics, TeacherMetrics
 from kdflow.training.no_teacher import NoTeacher
 from kdflow.training.schedule import Evaluation, Save, plan
 
@@ -13,6 +13,7 @@ __all__ = [
     "Observer",
     "Save",
     "StepMetrics",
+    "TeacherMetrics",
     "Trainer",
     "plan",
 ]

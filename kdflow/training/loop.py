@@ -16,7 +16,7 @@ import torch.distributed as dist
 from kdflow.data import Step
 from kdflow.errors import TrainingError
 from kdflow.tracing import Trace
-from kdflow.training.metrics import EvalMetrics, StepMetrics, Totals, WaitTimer, perplexity
+from kdflow.training.metrics import EvalMetrics, Means, StepMetrics, Totals, WaitTimer, perplexity
 from kdflow.training.schedule import Evaluation, Save
 from kdflow.types import Microbatch
 from kdflow_kernels import KDLossOutput
@@ -182,7 +182,7 @@ class Trainer:
         return tensor
 
     def _train(self, step: Step, rows: Iterator[HiddenRows]) -> bool:
-        totals = Totals(self._device)
+        totals = Totals(self._device, step.loss_tokens)
         for microbatch in step.microbatches:
             with self._next(rows, microbatch) as pending:
                 teacher_rows = WaitTimer(partial(self._received, pending), self._clock)
@@ -193,55 +193,44 @@ class Trainer:
                     last=microbatch is step.microbatches[-1],
                 )
                 self._trace.phase("metrics")
-                totals.add(
-                    output,
-                    microbatch.num_loss_tokens,
-                    prefill_s=pending.prefill_s,
-                    wait=teacher_rows,
-                )
-        means, stop, norm, finite = {}, False, math.nan, False
+                totals.add(output, microbatch.teacher_name, prefill_s=pending.prefill_s, wait=teacher_rows)
+        means: Means | None = None
+        norm, finite = math.nan, False
 
         def is_finite(grad_norm: torch.Tensor) -> bool:
             """Alike on every rank: both numbers are those of all of them. The one wait of a step."""
-            nonlocal means, stop, norm, finite
+            nonlocal means, norm, finite
             self._trace.phase("metrics")
-            means, stop = totals.reduce(
-                step.num_loss_tokens,
-                loss_scale=1.0 / self._student.num_ranks,
-                stop=self._stop_requested(),
-            )
+            means = totals.reduce(loss_scale=1.0 / self._student.num_ranks, stop=self._stop_requested())
             norm = grad_norm.item()
-            finite = math.isfinite(means["loss"]) and math.isfinite(norm)
+            finite = math.isfinite(means.values["loss"]) and math.isfinite(norm)
             self._trace.phase("optimizer step")
             return finite
 
         self._trace.phase("optimizer step")
         _, learning_rate = self._student.optimizer_step(step.index, is_finite)
         self._trace.phase("metrics")
+        assert means is not None
         if not finite:
-            self._skip(step, means["loss"], norm)
+            self._skip(step, means.values["loss"], norm)
         metrics = StepMetrics(
             step=step.index + 1,
             epoch=step.epoch,
-            loss=means["loss"],
-            kd_loss=means["kd_loss"],
-            ce_loss=means["ce_loss"],
-            student_entropy=means["student_entropy"],
-            teacher_entropy=means["teacher_entropy"],
-            top1_agreement=means["top1_agreement"],
+            **means.values,
             grad_norm=norm,
             learning_rate=learning_rate,
             num_tokens=step.num_tokens,
             num_loss_tokens=step.num_loss_tokens,
-            step_s=means["seconds"],
-            student_tokens_per_s=step.num_tokens / means["seconds"],
-            teacher_tokens_per_s=step.num_tokens / means["prefill_s"] if means["prefill_s"] else 0.0,
-            teacher_wait_s=means["wait_s"],
+            step_s=means.seconds,
+            student_tokens_per_s=step.num_tokens / means.seconds,
+            teacher_tokens_per_s=step.num_tokens / means.prefill_s if means.prefill_s else 0.0,
+            teacher_wait_s=means.wait_s,
             num_skipped=self._num_skipped,
+            teachers=means.teachers,
         )
         for observer in self._observers:
             observer.on_step(metrics)
-        return stop
+        return means.stop
 
     def _skip(self, step: Step, loss: float, norm: float) -> None:
         """Counts a step that moved nothing.
@@ -268,21 +257,23 @@ class Trainer:
 
     def _evaluate(self, evaluation: Evaluation, rows: Iterator[HiddenRows]) -> float:
         """Its score: lower is better."""
-        totals = Totals(self._device)
+        totals = Totals(self._device, evaluation.loss_tokens)
         for microbatch in evaluation.microbatches:
             with self._next(rows, microbatch) as pending:
                 received = partial(self._received, pending)
                 output = self._student.evaluate(microbatch, received, num_items=evaluation.num_loss_tokens)
-                totals.add(output, microbatch.num_loss_tokens, prefill_s=pending.prefill_s)
-        means, _ = totals.reduce(evaluation.num_loss_tokens, loss_scale=1.0)
+                totals.add(output, microbatch.teacher_name, prefill_s=pending.prefill_s)
+        means = totals.reduce(loss_scale=1.0)
+        ce_loss = means.values["ce_loss"]
         metrics = EvalMetrics(
             step=evaluation.num_steps_done,
-            kl=means["kd_loss"],
-            ce_loss=means["ce_loss"],
-            perplexity=perplexity(means["ce_loss"]),
-            top1_agreement=means["top1_agreement"],
+            kl=means.values["kd_loss"],
+            ce_loss=ce_loss,
+            perplexity=perplexity(ce_loss),
+            top1_agreement=means.values["top1_agreement"],
             num_loss_tokens=evaluation.num_loss_tokens,
-            eval_s=means["seconds"],
+            eval_s=means.seconds,
+            teachers=means.teachers,
         )
         for observer in self._observers:
             observer.on_eval(metrics)

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from kdflow_kernels import KDLossOutput
+
+
+@dataclass(frozen=True)
+class TeacherMetrics:
+    """What a step or an evaluation found with one of several teachers: means over the loss tokens that learn from it.
+
+    Attributes:
+        loss: as it is trained; of an evaluation, KL plus cross-entropy.
+        kd_loss: of an evaluation, KL(teacher || student).
+    """
+
+    loss: float
+    kd_loss: float
+    ce_loss: float
+    student_entropy: float
+    teacher_entropy: float
+    top1_agreement: float
+    num_loss_tokens: int
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,7 @@ class StepMetrics:
         teacher_tokens_per_s: tokens of the step over the time teachers prefilled for it; 0 without a teacher.
         teacher_wait_s: time in which the student's device stood still for want of hidden states.
         num_skipped: steps so far, this one included, whose loss or gradient was not finite and which moved nothing.
+        teachers: of those teachers that the step had tokens for, by name; empty where there is one without a name.
     """
 
     step: int
@@ -45,6 +64,7 @@ class StepMetrics:
     teacher_tokens_per_s: float
     teacher_wait_s: float
     num_skipped: int
+    teachers: Mapping[str, TeacherMetrics] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +77,7 @@ class EvalMetrics:
         ce_loss: cross-entropy of the student with the data's tokens, in nats.
         perplexity: exp(ce_loss).
         top1_agreement: part of the tokens where both sides' likeliest token is the same.
+        teachers: as in StepMetrics.
     """
 
     step: int
@@ -66,6 +87,7 @@ class EvalMetrics:
     top1_agreement: float
     num_loss_tokens: int
     eval_s: float
+    teachers: Mapping[str, TeacherMetrics] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
@@ -111,52 +133,90 @@ class WaitTimer:
         return max(0.0, queued.elapsed_time(came) * 1e-3)
 
 
+@dataclass(frozen=True)
+class Means:
+    """Over the loss tokens of all ranks.
+
+    Attributes:
+        values: by name, over all tokens.
+        teachers: the same by teacher, of those that have a name.
+        prefill_s: how long teachers prefilled, summed up over ranks.
+        wait_s: how long the rank that waited most stood still.
+        seconds: since the totals were begun.
+        stop: whether any rank wants to stop.
+    """
+
+    values: Mapping[str, float]
+    teachers: Mapping[str, TeacherMetrics]
+    prefill_s: float
+    wait_s: float
+    seconds: float
+    stop: bool
+
+
 class Totals:
-    """Adds up loss outputs on the device; one device wait, when the sums are read."""
+    """Adds up loss outputs on the device; one device wait, when the sums are read.
 
-    _MEANS: tuple[str, ...] = ("student_entropy", "teacher_entropy", "top1_agreement")
+    Args:
+        loss_tokens: of the whole step, over all ranks and microbatches, by the teacher that they learn from; the same
+            on every rank.
+    """
+
     _SUMS: tuple[str, ...] = ("loss", "kd_loss", "ce_loss")
+    _MEANS: tuple[str, ...] = ("student_entropy", "teacher_entropy", "top1_agreement")
 
-    def __init__(self, device: torch.device) -> None:
-        self._values = torch.zeros(len(self._SUMS) + len(self._MEANS), device=device)
+    def __init__(self, device: torch.device, loss_tokens: Mapping[str, int]) -> None:
+        self._loss_tokens = loss_tokens
+        self._row = {name: index for index, name in enumerate(loss_tokens)}
+        self._values = torch.zeros(len(loss_tokens), len(self._SUMS) + len(self._MEANS), device=device)
         self._prefill_s = 0.0
         self._waits: list[WaitTimer] = []
         self._start = time.perf_counter()
 
-    def add(self, output: KDLossOutput, num_rows: int, *, prefill_s: float, wait: WaitTimer | None = None) -> None:
+    def add(self, output: KDLossOutput, teacher_name: str, *, prefill_s: float, wait: WaitTimer | None = None) -> None:
         """A microbatch whose losses are already divided by the tokens of the whole step."""
         fields = output._asdict()
         sums = [fields[n].detach().float() for n in self._SUMS]
-        means = [fields[n].float() * num_rows for n in self._MEANS]
-        if num_rows == 0:  # means over nothing are undefined
-            means = [torch.zeros_like(m) for m in means]
-        self._values += torch.stack(sums + means)
+        num_rows = output.num_tokens
+        # Means over nothing are undefined.
+        means = [torch.where(num_rows > 0, fields[n].float() * num_rows, 0.0) for n in self._MEANS]
+        self._values[self._row[teacher_name]] += torch.stack(sums + means)
         self._prefill_s += prefill_s
         if wait is not None:
             self._waits.append(wait)
 
-    def reduce(self, num_loss_tokens: int, *, loss_scale: float, stop: bool = False) -> tuple[dict[str, float], bool]:
-        """Means over all ranks' tokens, and whether any rank wants to stop.
+    def reduce(self, *, loss_scale: float, stop: bool = False) -> Means:
+        """Of all ranks.
 
         Args:
-            num_loss_tokens: over all ranks.
             loss_scale: what the losses' sum over ranks is multiplied by.
+            stop: whether this rank wants to.
         """
         times = torch.tensor([self._prefill_s, float(stop)], device=self._values.device)
-        values = torch.cat([self._values, times])
+        values = torch.cat([self._values.flatten(), times])
         dist.all_reduce(values)
         *numbers, prefill_s, stops = values.tolist()
         wait_s = torch.tensor([sum(w.seconds() for w in self._waits)], device=values.device)
         dist.all_reduce(wait_s, op=dist.ReduceOp.MAX)
-        result: dict[str, float] = dict(zip((*self._SUMS, *self._MEANS), numbers, strict=True))
-        for name in self._SUMS:
-            result[name] *= loss_scale
-        for name in self._MEANS:
-            result[name] /= num_loss_tokens
-        result["prefill_s"] = prefill_s
-        result["wait_s"] = wait_s.item()
-        result["seconds"] = time.perf_counter() - self._start
-        return result, stops > 0
+        width = len(self._SUMS) + len(self._MEANS)
+        rows = [numbers[start : start + width] for start in range(0, len(numbers), width)]
+        num_all = sum(self._loss_tokens.values())
+
+        def means(row: Sequence[float], num_tokens: int) -> dict[str, float]:
+            sums, totals = row[: len(self._SUMS)], row[len(self._SUMS) :]
+            found = dict(zip(self._SUMS, (value * loss_scale * (num_all / num_tokens) for value in sums), strict=True))
+            return found | dict(zip(self._MEANS, (value / num_tokens for value in totals), strict=True))
+
+        parts = zip(self._loss_tokens.items(), rows, strict=True)
+        teachers = {name: TeacherMetrics(**means(row, n), num_loss_tokens=n) for (name, n), row in parts if name and n}
+        return Means(
+            values=means([sum(column) for column in zip(*rows, strict=True)], num_all),
+            teachers=teachers,
+            prefill_s=prefill_s,
+            wait_s=wait_s.item(),
+            seconds=time.perf_counter() - self._start,
+            stop=stops > 0,
+        )
 
 
 def perplexity(ce_loss: float) -> float:

@@ -6,7 +6,7 @@ while what is there is worked on, across the border between training and evaluat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from kdflow.config import RunConfig
@@ -22,11 +22,13 @@ class Evaluation:
         num_steps_done: optimizer steps before it.
         microbatches: as many on every rank.
         num_loss_tokens: over all ranks.
+        loss_tokens: those of them that each teacher is asked about, by its name.
     """
 
     num_steps_done: int
     microbatches: tuple[Microbatch, ...]
     num_loss_tokens: int
+    loss_tokens: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def plan(
 
     def evaluation(num_steps_done: int) -> Iterator[Evaluation]:
         if held_out is not None:
-            yield Evaluation(num_steps_done, held.microbatches, held.num_loss_tokens)
+            yield Evaluation(num_steps_done, held.microbatches, held.num_loss_tokens, held.loss_tokens)
 
     yield from evaluation(start)
     for step in training_steps(

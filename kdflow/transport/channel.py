@@ -1,13 +1,14 @@
 """Requests one way, hidden states the other: the channel between student and teacher.
 
-A student rank owns one data ring and sends into the one request ring that all ranks and all
-teacher workers share. It asks for microbatch k only when slot k % num_slots is free, so a
-teacher never waits for room, may answer in any order, and the slots are the prefetch window.
+A student rank owns one data ring and sends into request rings: each teacher has one, which all
+ranks and all of its workers share. It asks for microbatch k only when slot k % num_slots is free,
+so a teacher never waits for room, may answer in any order, and the slots are the prefetch window.
 """
 
 from __future__ import annotations
 
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # magic, rank, ticket, T tokens, B samples, N loss rows; then T + B + N int32.
 _HEADER = struct.Struct("<4sIQIII")
 _MAGIC = b"KDRQ"
+_LOOK_S = 1.0  # a student that waits looks so often whether its teacher lives
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,8 @@ class HiddenStatesClient:
     """The student's end: asks ahead and hands over views.
 
     Args:
-        requests: ring that every teacher worker reads.
-        hidden: the data ring of this rank.
+        requests: ring that every worker of a teacher reads, by the teacher's name.
+        hidden: the data ring of this rank, in which all teachers answer.
         rank: tells the teacher which data ring to answer into.
         timeout_s: longest wait for one answer or for room to ask, seconds.
         max_resends: how often a microbatch is asked for again whose teacher died over it.
@@ -138,7 +140,7 @@ class HiddenStatesClient:
 
     def __init__(
         self,
-        requests: RequestRing,
+        requests: Mapping[str, RequestRing],
         hidden: HiddenRing | CudaRing,
         *,
         rank: int,
@@ -167,14 +169,15 @@ class HiddenStatesClient:
     def _request(self, microbatch: Microbatch) -> PendingRows:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         request = PrefillRequest(self._rank, ticket, microbatch.for_teacher())
-        self._requests.send(request.encode(), timeout_s=self._timeout_s)
-        return PendingRows(microbatch, lambda: self._receive(request))
+        requests = self._requests[microbatch.teacher_name]
+        requests.send(request.encode(), timeout_s=self._timeout_s)
+        return PendingRows(microbatch, lambda: self._receive(request, requests))
 
-    def _receive(self, request: PrefillRequest) -> ReadSlot:
+    def _receive(self, request: PrefillRequest, requests: RequestRing) -> ReadSlot:
         """The answer; a request that died with its teacher is sent again, for a teacher that lives or comes back."""
         for resends_left in range(self._max_resends, -1, -1):
             try:
-                return self._hidden.receive(request.ticket, timeout_s=self._timeout_s)
+                return self._wait(request.ticket, requests)
             except PeerDied as death:
                 if resends_left == 0:
                     raise
@@ -182,8 +185,24 @@ class HiddenStatesClient:
                     self._hidden.reclaim(request.ticket)
                 except TransportError:  # nobody died over this slot: nobody is there at all
                     raise death from None
-                self._requests.send(request.encode(), timeout_s=self._timeout_s)
+                requests.send(request.encode(), timeout_s=self._timeout_s)
         raise AssertionError
+
+    def _wait(self, ticket: int, requests: RequestRing) -> ReadSlot:
+        """The data ring knows whether any teacher lives, the request ring whether the one that was asked does."""
+        end = time.monotonic() + self._timeout_s
+        deserted = False
+        while True:
+            left_s = 0.0 if deserted else max(0.0, end - time.monotonic())
+            try:
+                return self._hidden.receive(ticket, timeout_s=min(left_s, _LOOK_S))
+            except RingTimeout as nothing:
+                if deserted:
+                    raise PeerDied(f"{requests.name}: nobody is left to answer request {ticket}") from None
+                if left_s <= _LOOK_S:
+                    raise RingTimeout(f"{nothing} (waited {self._timeout_s:g} s in all)") from None
+                workers = requests.stats().consumers
+                deserted = workers.attached > 0 and workers.live == 0
 
 
 class HiddenStatesServer:

@@ -23,8 +23,8 @@ def loss_and_gradients(folder: Path):
     student = FSDP2Student(
         StudentConfig(str(folder / "student"), compute_dtype="float32"),
         OptimizerConfig(),
-        algorithm=algorithm,
-        teacher_head=LMHead(torch.empty(0, 0)),
+        algorithms={"": algorithm},
+        teacher_heads={"": LMHead(torch.empty(0, 0))},
         device=CPU,
         num_steps=1,
     )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -44,6 +46,37 @@ def test_step_without_a_loss_token() -> None:
     samples = [Sample(np.zeros(4, np.int32), np.zeros(4, bool), 7)]
     with pytest.raises(DataError, match=r"step 3 has no token in the loss: look at the rows \[7\]"):
         pack_step(samples, tokens_per_microbatch=64, index=2)
+
+
+@given(
+    st.lists(st.tuples(st.integers(2, 50), st.sampled_from(["code", "maths", "prose"])), min_size=1, max_size=30),
+    st.integers(1, 4),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_microbatch_is_of_one_teacher(drawn: list[tuple[int, str]], num_ranks: int) -> None:
+    samples = [replace(s, teacher_name=name) for s, (_, name) in zip(make([n for n, _ in drawn]), drawn, strict=True)]
+    steps = [pack_step(samples, tokens_per_microbatch=64, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    backwards = pack_step(samples[::-1], tokens_per_microbatch=64, num_ranks=num_ranks)
+    assert len({len(step.microbatches) for step in (*steps, backwards)}) == 1
+    microbatches = [m for step in steps for m in step.microbatches]
+    assert all(0 < m.num_tokens <= 64 for m in microbatches)
+    assert sorted(i for m in microbatches for i in m.sample_ids) == list(range(len(samples)))
+    assert all(samples[i].teacher_name == m.teacher_name for m in microbatches for i in m.sample_ids)
+    for name, count in steps[0].loss_tokens.items():
+        assert count == sum(s.num_loss_tokens for s in samples if s.teacher_name == name)
+        assert count == sum(m.num_loss_tokens for m in microbatches if m.teacher_name == name)
+    assert sum(steps[0].loss_tokens.values()) == steps[0].num_loss_tokens
+    fewest = sum(
+        len(pack_step([s for s in samples if s.teacher_name == n], tokens_per_microbatch=64).microbatches)
+        for n in steps[0].loss_tokens
+    )
+    assert len(steps[0].microbatches) - 1 <= -(-fewest // num_ranks), "no more than are needed"
+
+
+def test_spare_microbatches_go_where_they_lighten_most() -> None:
+    samples = [replace(s, teacher_name=n) for s, n in zip(make([10, 30, 30]), ("code", "maths", "maths"), strict=True)]
+    ranks = [pack_step(samples, tokens_per_microbatch=64, rank=rank, num_ranks=3) for rank in range(3)]
+    assert [[m.num_tokens for m in step.microbatches] for step in ranks] == [[30], [30], [10]]
 
 
 def test_the_teachers_own_tokens_count_in_the_budget() -> None:

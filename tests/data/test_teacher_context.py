@@ -82,7 +82,7 @@ def served_rows(folder: Path, microbatches) -> list[torch.Tensor]:
         thread = threading.Thread(target=lambda: teacher.serve(limit=len(microbatches), idle=lambda: None), daemon=True)
         thread.start()
         found = []
-        client = HiddenStatesClient(producer, consumer, rank=0, timeout_s=20.0)
+        client = HiddenStatesClient({"": producer}, consumer, rank=0, timeout_s=20.0)
         for pending in client.prefetch(microbatches):
             with pending:
                 found.append(pending.tensor().clone())

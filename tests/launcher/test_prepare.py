@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from kdflow.errors import ConfigError, DataError
+from kdflow.launcher.local import list_workers
 from kdflow.launcher.prepare import RUN_ENTRIES, open_output, prepare
-from support.tiny import make_tokenizer
+from support.tiny import make_config, make_tokenizer
 
 
 def jsonl(path: Path, rows: list[dict]) -> Path:
@@ -71,6 +73,30 @@ def test_different_vocabularies(run_config, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="have different vocabularies") as error:
         prepare(run_config(teacher__model=other))
     assert "cross-tokenizer algorithm" in str(error.value)
+
+
+def test_several_teachers(run_config, tiny: Path, tmp_path: Path) -> None:
+    """Names of their own in what is said of each, and room for the widest."""
+    wide = tmp_path / "wide"
+    LlamaForCausalLM(make_config(num_layers=1, hidden_size=64)).save_pretrained(wide)
+    AutoTokenizer.from_pretrained(tiny / "teacher").save_pretrained(wide)
+    part = jsonl(tmp_path / "part.jsonl", [ANSWERED] * 8)
+    sources = [{"source": f"{tiny / 'conversations.jsonl'}", "teacher": "wide"}, {"source": f"{part}", "teacher": "b"}]
+
+    def config(model: Path, **options):
+        teachers = {"wide": {"model": str(wide), "dtype": "float32"}, "b": {"model": str(model), "dtype": "float32"}}
+        return run_config(teachers=json.dumps(teachers), data__train=json.dumps(sources), **options)
+
+    prepared = prepare(config(tiny / "teacher"))
+    assert prepared.slot_bytes == 256 * 64 * 4
+    assert set(prepared.algorithms) == {"wide", "b"}
+    gpus = [(worker.label, worker.gpu) for worker in list_workers(config(tiny / "teacher", student__num_ranks=2))]
+    assert gpus == [("teacher-wide-0", 2), ("teacher-b-0", 3)]
+    with pytest.raises(ConfigError, match=r"teachers\.b: model: /nowhere is no folder"):
+        prepare(config(Path("/nowhere")))
+    make_tokenizer("quite another text " * 30).save_pretrained(wide)
+    with pytest.raises(ConfigError, match=rf"teacher wide \({wide}\) \(\d+ tokens\) have different vocabularies"):
+        prepare(config(tiny / "teacher"))
 
 
 def test_output_folder(run_config, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from kdflow.observe import Progress
 from kdflow.observe.progress import RECENT_STEPS, TimeLeft
-from kdflow.training import EvalMetrics, StepMetrics
+from kdflow.training import EvalMetrics, StepMetrics, TeacherMetrics
 
-STEP = StepMetrics(**{**{field.name: 1.5 for field in fields(StepMetrics)}, "num_skipped": 0})
+STEP = StepMetrics(**{**{field.name: 1.5 for field in fields(StepMetrics)}, "num_skipped": 0, "teachers": {}})
 
 
 def left(times: list[float], num_steps: int) -> list[float]:
@@ -39,6 +39,19 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     assert second == (
         "eval after 3 steps: KL(teacher||student) 0.5000 nats  perplexity 2.72  top-1 agreement 25.0%  (100 tokens)"
     )
+
+
+def test_losses_of_each_teacher_stand_behind_that_of_all() -> None:
+    out = StringIO()
+    progress = Progress(4, first_step=0, log_every=1, console=Console(file=out))
+    code, maths = (TeacherMetrics(loss, kl, 1.0, 1.0, 1.0, 0.5, 10) for loss, kl in ((0.5, 0.25), (2.0, 1.5)))
+    teachers = {"code": code, "maths": maths}
+    progress.on_step(replace(STEP, step=1, teachers=teachers))
+    progress.on_eval(EvalMetrics(1, 0.5, 1.0, 2.71828, 0.25, 100, 1.0, teachers))
+    progress.close()
+    step, evaluation = out.getvalue().splitlines()
+    assert "loss 1.5000 (code 0.5000, maths 2.0000)  grad norm" in step
+    assert "0.5000 nats (code 0.2500, maths 1.5000)  perplexity" in evaluation
 
 
 def test_what_there_is_only_with_a_teacher_is_left_out_without() -> None:

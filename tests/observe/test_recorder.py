@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kdflow.observe import Recorder
-from kdflow.training import EvalMetrics, StepMetrics
+from kdflow.training import EvalMetrics, StepMetrics, TeacherMetrics
 
-STEP = StepMetrics(**{field.name: 1.5 for field in fields(StepMetrics)})
+STEP = StepMetrics(**{**{field.name: 1.5 for field in fields(StepMetrics)}, "teachers": {}})
 EVAL = EvalMetrics(0, math.nan, 1.0, math.e, math.nan, 100, 1.0)
 
 
@@ -36,6 +36,21 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     step, warning = lines(tmp_path)
     assert (step["kind"], step["loss"], step["grad_norm"], step["kd_loss"]) == ("train", None, None, 1.5)
     assert (warning["kind"], warning["text"]) == ("warning", "look here")
+
+
+def test_numbers_of_each_teacher(tmp_path: Path) -> None:
+    code = TeacherMetrics(**{**{field.name: 2.5 for field in fields(TeacherMetrics)}, "kd_loss": math.nan})
+    recorder = Recorder(tmp_path)
+    recorder.on_step(replace(STEP, step=1, teachers={"code": code}))
+    recorder.on_eval(replace(EVAL, step=1, teachers={"code": code}))
+    recorder.on_eval(replace(EVAL, step=2))
+    recorder.close()
+    step, evaluation, alone = lines(tmp_path)
+    for line in (step, evaluation):
+        assert line["teachers"] == {"code": {**asdict(code), "kd_loss": None}}
+    assert "teachers" not in alone
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("train/code/loss")] == [(1, 2.5)]
 
 
 def test_a_run_that_goes_on_tells_each_step_once(tmp_path: Path) -> None:

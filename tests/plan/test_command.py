@@ -7,17 +7,22 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from transformers import LlamaForCausalLM
 
 from kdflow.config import RunConfig, dump_config
 from kdflow.errors import ConfigError
 from kdflow.plan import GPUS, Rates, load_rates
 from kdflow.plan.command import make_machine
 from kdflow.plan.plan import Plan, make_plan
-from kdflow.plan.shapes import load_shape
+from kdflow.plan.printing import print_plan
+from kdflow.plan.shapes import load_shape, load_teachers
 from kdflow.plan.workload import data_workload, uniform_workload
+from support.tiny import make_config
 
 
 def plan(config: RunConfig, path: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -55,9 +60,9 @@ SMALL_GPU = replace(GPUS["H100"], capacity_bytes=2.0 * 2**30)
 
 def make(config: RunConfig, rates: Rates = GPUS["H100"], **machine) -> Plan:
     num_ranks = config.student.num_ranks
-    student, teacher = load_shape(config.student.model), load_shape(config.teacher.model)
+    student, teachers = load_shape(config.student.model), load_teachers(config)
     workload = uniform_workload(config, 8, num_ranks, tokens_per_sample=64, loss_share=0.5)
-    return make_plan(config, student, teacher, workload, make_machine(config, rates, **machine))
+    return make_plan(config, student, teachers, workload, make_machine(config, rates, **machine))
 
 
 def test_more_of_what_limits_is_what_the_plan_asks_for(run_config) -> None:
@@ -71,7 +76,36 @@ def test_more_of_what_limits_is_what_the_plan_asks_for(run_config) -> None:
     shared = make(run_config(), num_gpus=1)
     assert shared.sharing
     assert shared.bottleneck.startswith("teacher and student share a device")
-    assert shared.needed_bytes == shared.student_memory.total + shared.teacher_memory.total
+    assert shared.needed_bytes == shared.student_memory.total + shared.teacher_memory[""].total
+
+
+def test_several_teachers_are_all_counted(run_config, tiny: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    LlamaForCausalLM(make_config(num_layers=1, hidden_size=64, tied=False)).save_pretrained(wide)
+    teachers = {"math": {"model": str(tiny / "teacher")}, "code": {"model": str(wide), "num_workers": 2}}
+    sources = [{"source": name, "weight": weight, "teacher": name} for name, weight in (("math", 3), ("code", 1))]
+    options = {"training__samples_per_step": 32, "student__num_ranks": 2, "data__train": json.dumps(sources)}
+    config = run_config(teachers=json.dumps(teachers), **options)
+    found = make(config)
+    assert found.machine.num_devices == 2 + 1 + 2
+    names = [p.teacher_name for step in found.workload.steps for ranks in step for p in ranks for _ in p.lengths]
+    assert names.count("math") == 3 * names.count("code") == 24 * len(found.workload.steps)
+    assert found.student_memory.parts["teachers' heads"] == 2 * 384 * (48 + 64)
+    assert found.student_memory.parts["ring"] == 4 * 256 * 64 * 2
+    alone = make(run_config(teacher__model=wide, **{**options, "data__train": "x"}))
+    assert found.teacher_memory["code"].parts == alone.teacher_memory[""].parts
+    assert set(found.outcome.busy) == {"math", "code"}
+    assert found.step_s["teacher math: prefill"] > found.step_s["teacher code: prefill"] > 0
+    # On one device everybody is there.
+    shared = make(config, num_gpus=1)
+    parts = (shared.student_memory.total, shared.teacher_memory["math"].total, shared.teacher_memory["code"].total)
+    assert shared.needed_bytes == pytest.approx(2 * parts[0] + parts[1] + 2 * parts[2])
+    slow = make(run_config(teachers=json.dumps(teachers), **{**options, "student__num_ranks": 4}))
+    assert re.match(r"teachers: ranks wait .* about \d+ workers of teacher math instead of 1", slow.bottleneck)
+    text = StringIO()
+    print_plan(found, Console(file=text, width=120))
+    for part in ("teacher math  ", "memory of teacher code", "teacher code: prefill"):
+        assert part in text.getvalue()
 
 
 def test_the_largest_budget_is_the_last_that_fits(run_config) -> None:
@@ -83,7 +117,7 @@ def test_the_largest_budget_is_the_last_that_fits(run_config) -> None:
         options = {"training__tokens_per_microbatch": budget, "data__max_length": budget}
         full = run_config(training__samples_per_step=1, **options)
         workload = uniform_workload(full, 5, 1, tokens_per_sample=budget, loss_share=0.5)
-        shapes = load_shape(config.student.model), load_shape(config.teacher.model)
+        shapes = load_shape(config.student.model), load_teachers(config)
         # The ring's slots are of the configured budget: that is left as it was.
         planned = make_plan(
             run_config(training__samples_per_step=1), *shapes, workload, make_machine(config, SMALL_GPU)

@@ -77,7 +77,7 @@ def test_parts_of_a_student_add_up_and_shrink_with_ranks() -> None:
             "ring_bytes": 7.0,
             "process_bytes": 11.0,
         }
-        found = student_memory(shape, shape_of(QWEN, "teacher"), **{**options, **changes})
+        found = student_memory(shape, [shape_of(QWEN, "teacher")], **{**options, **changes})
         assert found.total == sum(found.parts.values())
         return dict(found.parts)
 
@@ -87,7 +87,7 @@ def test_parts_of_a_student_add_up_and_shrink_with_ranks() -> None:
     assert one["master weights, fp32"] == 4 * shape.num_params
     assert one["weights gathered for computing"] == 2 * shape.num_params
     assert four["weights gathered for computing"] < one["weights gathered for computing"]
-    assert four["teacher's head"] == one["teacher's head"] == 2 * shape.head_params
+    assert four["teachers' heads"] == one["teachers' heads"] == 2 * shape.head_params
     assert memory(num_microbatches=2)["gradients, fp32"] == 4 * shape.num_params
     assert memory(num_tokens=2**16)["activations"] > 4 * memory(num_tokens=2**16, checkpointing=True)["activations"] / 3
     small = memory(num_tokens=8, num_rows=8)

@@ -23,7 +23,7 @@ def schedule(
 ) -> Schedule:
     costs = Costs(prefill, transfer, student / 4, student / 4, student / 2)
     steps = [[[costs] * len(ranks)] * num_microbatches] * num_steps
-    return Schedule(steps, optimizer, ranks, teachers, num_slots)
+    return Schedule(steps, optimizer, ranks, {"": teachers}, num_slots)
 
 
 def test_the_slower_side_sets_the_pace() -> None:
@@ -58,9 +58,21 @@ def test_four_ranks_need_their_teachers(num_teachers: int, per_step: float) -> N
 
 def test_ranks_wait_for_the_slowest_of_them() -> None:
     quick, slow = Costs(0.1, 0.0, 0.5, 0.5, 1.0), Costs(0.1, 0.0, 1.0, 1.0, 2.0)
-    found = simulate(Schedule([[[quick, slow]]] * 10, 0.0, (0, 1), (2,), 2))
+    found = simulate(Schedule([[[quick, slow]]] * 10, 0.0, (0, 1), {"": (2,)}, 2))
     assert found.step_seconds[-1] == pytest.approx(4.0)
     assert found.student_busy == pytest.approx(0.75, abs=0.02)
+
+
+def test_teachers_work_at_the_same_time_each_on_its_own() -> None:
+    """The slow one has a microbatch in three."""
+    quick, slow = (Costs(seconds, 0.0, 0.5, 0.5, 1.0, name) for name, seconds in (("quick", 1.0), ("slow", 9.0)))
+    devices = {"quick": (1,), "slow": (2,)}
+    found = simulate(Schedule([[[slow], [quick], [quick]]] * 40, 0.0, (0,), devices, 6))
+    assert found.seconds / 40 == pytest.approx(9.0, rel=0.05)
+    assert found.busy["slow"] == pytest.approx(1.0, abs=0.05)
+    assert found.busy["quick"] == pytest.approx(2 / 9, abs=0.03)
+    both = simulate(Schedule([[[slow], [quick], [quick]]] * 40, 0.0, (0,), {"quick": (1,), "slow": (2, 3)}, 6))
+    assert both.seconds / 40 == pytest.approx(6.0, rel=0.05)
 
 
 def test_a_long_way_needs_slots() -> None:

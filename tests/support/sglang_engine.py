@@ -50,7 +50,7 @@ def client_of(teacher: Teacher, *, num_slots: int, tokens: int) -> Iterator[Hidd
             HiddenRing.attach(hidden.handle, role="consumer") as consumer,
             RequestRing.attach(requests.handle, role="producer") as producer,
         ):
-            yield HiddenStatesClient(producer, consumer, rank=0, timeout_s=60.0)
+            yield HiddenStatesClient({"": producer}, consumer, rank=0, timeout_s=60.0)
 
 
 class Reference:

@@ -33,8 +33,8 @@ def make_student(
     return FSDP2Student(
         StudentConfig(model, compute_dtype=options.pop("compute_dtype", "float32"), **options),
         OptimizerConfig(learning_rate=learning_rate, warmup_steps=1),
-        algorithm=ALGORITHMS.get("vanilla")(AlgorithmConfig(**CONFIG), student=info, teacher=info),
-        teacher_head=load_lm_head(teacher, torch.float32).to(device),
+        algorithms={"": ALGORITHMS.get("vanilla")(AlgorithmConfig(**CONFIG), student=info, teacher=info)},
+        teacher_heads={"": load_lm_head(teacher, torch.float32).to(device)},
         device=device,
         num_steps=num_steps,
     )

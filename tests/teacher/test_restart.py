@@ -66,7 +66,7 @@ def ask(requests: RequestRing, hidden: HiddenRing, max_resends: int, then: Calla
         HiddenRing.attach(hidden.handle, role="consumer") as consumer,
         RequestRing.attach(requests.handle, role="producer") as producer,
     ):
-        client = HiddenStatesClient(producer, consumer, rank=0, timeout_s=60.0, max_resends=max_resends)
+        client = HiddenStatesClient({"": producer}, consumer, rank=0, timeout_s=60.0, max_resends=max_resends)
         for index, pending in enumerate(client.prefetch([microbatch(10 * n) for n in range(6)])):
             with pending:
                 received.append(pending.tensor()[:, 0].tolist())

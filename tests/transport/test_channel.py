@@ -3,12 +3,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from kdflow.errors import RingCorrupt, SlotAborted
+from kdflow.errors import PeerDied, RingCorrupt, SlotAborted
 from kdflow.transport import (
     HiddenRing,
     HiddenStatesClient,
@@ -83,7 +84,7 @@ class Channel:
 
         threading.Thread(target=serve, daemon=True).start()
         self.client = HiddenStatesClient(
-            RequestRing.attach(self._requests.handle, role="producer"),
+            {"": RequestRing.attach(self._requests.handle, role="producer")},
             HiddenRing.attach(self._hidden.handle, role="consumer"),
             rank=0,
             timeout_s=10.0,
@@ -134,3 +135,34 @@ def test_failing_prefill_reaches_the_student() -> None:
     (pending,) = channel.client.prefetch([make_microbatch(0)])
     with pytest.raises(SlotAborted, match="no such token 99"), pending:
         pending.tensor()
+
+
+def test_each_teacher_has_its_requests_and_one_that_leaves_is_missed() -> None:
+    """All answer in one data ring, where the other one keeps its seat."""
+    rings = {
+        name: RequestRing.create(name=name, num_slots=8, slot_bytes=request_bytes(64)) for name in ("code", "math")
+    }
+    hidden = HiddenRing.create(name="hidden", num_slots=4, slot_bytes=64 * HIDDEN * 4)
+    consumers = {name: RequestRing.attach(ring.handle, role="consumer") for name, ring in rings.items()}
+    seat = HiddenRing.attach(hidden.handle, role="producer")
+    client = HiddenStatesClient(
+        {name: RequestRing.attach(ring.handle, role="producer") for name, ring in rings.items()},
+        HiddenRing.attach(hidden.handle, role="consumer"),
+        rank=0,
+        timeout_s=60.0,
+        max_resends=1,
+    )
+    names = ["math", "code", "math"]
+    pending = client.prefetch([replace(make_microbatch(i), teacher_name=name) for i, name in enumerate(names)])
+    first = next(pending)
+    asked = {name: [] for name in rings}
+    for name, ring in consumers.items():
+        while (payload := ring.try_receive()) is not None:
+            asked[name].append(PrefillRequest.decode(payload).ticket)
+    assert asked == {"code": [1], "math": [0, 2]}
+    consumers["math"].close()
+    began = time.monotonic()
+    with pytest.raises(PeerDied, match="math"), first:
+        first.tensor()
+    assert time.monotonic() - began < 30
+    seat.close()

@@ -455,7 +455,7 @@ def test_channel_between_devices(placement: str) -> None:
     sender = RequestRing.attach(requests.handle, role="producer")
     with CudaRing.attach(made.handle, role="consumer") as consumer:
         sender.wait_for_peer(timeout_s=60)
-        client = HiddenStatesClient(sender, consumer, rank=0, timeout_s=60)
+        client = HiddenStatesClient({"": sender}, consumer, rank=0, timeout_s=60)
         microbatches = [
             Microbatch(np.arange(n, n + 12, dtype=np.int32), (5, 7), np.array([0, 3, 11], np.int32), (n,))
             for n in range(20)

@@ -21,8 +21,8 @@ from kdflow.modeling import hide_progress_bars, load_lm_head, resolve_device, re
 from kdflow.observe import Progress, Recorder
 from kdflow.student import CheckpointStore, FSDP2Student, export_model, seed_random_state
 from kdflow.tracing import open_trace
-from kdflow.training import NoTeacher, Observer, Trainer, plan
-from kdflow.transport import HiddenStatesClient, RequestRing, attach_hidden_ring
+from kdflow.training import Colocate, NoTeacher, Observer, Overlap, Trainer, plan
+from kdflow.transport import HiddenRing, HiddenStatesClient, RequestRing, Turns, attach_hidden_ring
 from kdflow.types import LMHead
 
 
@@ -34,11 +34,13 @@ class Rings:
         requests: handle of the request ring.
         hidden: handles of the data rings, by rank.
         placement: where their slots lie.
+        turns: handle of the turn ring, where teachers and students take turns.
     """
 
     requests: str
     hidden: list[str]
     placement: str
+    turns: str | None
 
 
 @dataclass(frozen=True)
@@ -181,19 +183,23 @@ def _load_student(prepared: Prepared, device: torch.device) -> FSDP2Student:
     )
 
 
-def _attach(rings: Rings, config: RunConfig, rank: int, device: torch.device, stack: ExitStack) -> HiddenStatesClient:
+def _attach(rings: Rings, config: RunConfig, rank: int, device: torch.device, stack: ExitStack) -> Overlap | Colocate:
     # Left in the opposite order: teachers go when there is nobody to ask any more, and slots on a
     # GPU are freed when they have gone.
     hidden = attach_hidden_ring(rings.hidden[rank], placement=rings.placement, role="consumer", device=device)
     stack.enter_context(hidden)
     requests = stack.enter_context(RequestRing.attach(rings.requests, role="producer"))
-    return HiddenStatesClient(
-        requests,
-        hidden,
-        rank=rank,
-        timeout_s=config.transport.timeout_s,
-        max_resends=config.teacher.max_restarts,
+    timeout_s = config.transport.timeout_s
+    client = HiddenStatesClient(
+        requests, hidden, rank=rank, timeout_s=timeout_s, max_resends=config.teacher.max_restarts
     )
+    if rings.turns is None:
+        return Overlap(client)
+    turns = None
+    if rank == 0:
+        ring = stack.enter_context(HiddenRing.attach(rings.turns, role="consumer"))
+        turns = Turns([requests] * config.teacher.num_workers, ring, timeout_s=timeout_s)
+    return Colocate(client, turns, device=device)
 
 
 def _observers(config: RunConfig, folder: Path, num_steps_done: int, stack: ExitStack) -> list[Observer]:

@@ -37,6 +37,7 @@ T = TypeVar("T")
 OLDEST = "0.5.18"
 _TICK_S = 0.25
 _CLOSE_S = 10.0
+_IDLE_WAIT_S = 60.0
 
 # Options of the engine that teacher.engine_args may not set, and why.
 _OWN = {
@@ -218,7 +219,16 @@ class SGLangTeacher:
     def sleep(self) -> None:
         from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
 
-        self._run(self._engine.tokenizer_manager.release_memory_occupation(ReleaseMemoryOccupationReqInput()))
+        manager = self._engine.tokenizer_manager
+        # A scheduler dies of being asked for its memory before it has put its last batch away, which it does some time
+        # after the last reply.
+        flushed = self._run(manager.flush_cache(timeout_s=_IDLE_WAIT_S))
+        if not flushed.success:
+            raise TeacherFault(
+                f"SGLang did not become idle within {_IDLE_WAIT_S:g} s, and so cannot sleep ({flushed.message}); is "
+                "somebody else asking this engine?"
+            )
+        self._run(manager.release_memory_occupation(ReleaseMemoryOccupationReqInput()))
 
     def wake_up(self) -> None:
         from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput

@@ -20,8 +20,9 @@ def test_tensor_parallel(models) -> None:
 
 
 def test_without_plugins_and_with_a_prefix_cache(models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hook comes with the scheduler process itself, the entry point is not loaded; and were the prefix cache on, the
-    missing rows would be told, not handed over.
+    """The hook comes with the scheduler process itself, and the entry point is not loaded.
+
+    Were the prefix cache on, the missing rows would be told, not handed over.
     """
     from kdflow.teacher import sglang
 

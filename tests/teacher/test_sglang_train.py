@@ -47,8 +47,10 @@ def on_hf(run_config, tmp_path: Path):
 
 
 def test_two_replicas_in_turns_with_the_student(run_config, on_hf, tmp_path: Path) -> None:
-    """Two engines take from one request ring and sleep while the student trains; each is probed again when it wakes, and
-    after every third microbatch. The Hugging Face teacher works beside the student, as teachers do by default.
+    """Two engines take from one request ring and sleep while the student trains.
+
+    Each is probed again when it wakes, and after every third microbatch. The Hugging Face teacher works beside the
+    student, as teachers do by default.
     """
     options = {"training__num_steps": 12, "training__eval_every": 6, "training__tokens_per_microbatch": 128}
     config = run_config(

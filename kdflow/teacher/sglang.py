@@ -34,7 +34,7 @@ from kdflow.types import Microbatch
 
 T = TypeVar("T")
 
-OLDEST = "0.5.18"
+TRIED = ("0.5.18", "0.5.21", "0.5.23")  # the first is the oldest that is accepted
 _TICK_S = 0.25
 _CLOSE_S = 10.0
 _IDLE_WAIT_S = 60.0
@@ -127,8 +127,8 @@ class SGLangTeacher:
         self._loop.add_signal_handler(signal.SIGQUIT, self._mourn, "a process of the SGLang engine reported an error")
         if unanswered:
             raise TeacherFault(
-                f"SGLang {_installed_version()} runs without kdflow's plugin, which did not answer the first request. "
-                f"Its traceback is above if it failed to load; SGLANG_PLUGINS must not leave {sglang_plugin.KEY} out; "
+                f"SGLang {_installed_version()} (tried: {', '.join(TRIED)}) runs without kdflow's plugin, which did "
+                f"not answer the first request. Its traceback is above if it failed to load; SGLANG_PLUGINS must not leave {sglang_plugin.KEY} out; "
                 "after an update of kdflow, install it again"
             )
 
@@ -349,10 +349,12 @@ def check_version() -> None:
     found = _installed_version()
     if found is None:
         raise ConfigError(
-            f"teacher.backend: sglang is not installed; pip install 'sglang>={OLDEST}', or use backend hf"
+            f"teacher.backend: sglang is not installed; pip install 'sglang>={TRIED[0]}', or use backend hf"
         )
-    if _numbers(found) < _numbers(OLDEST):
-        raise ConfigError(f"teacher.backend: expected sglang {OLDEST} or later, got {found}; update it")
+    if _numbers(found) < _numbers(TRIED[0]):
+        raise ConfigError(
+            f"teacher.backend: expected sglang {TRIED[0]} or later (tried: {', '.join(TRIED)}), got {found}; update it"
+        )
 
 
 def _installed_version() -> str | None:

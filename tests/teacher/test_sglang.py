@@ -67,7 +67,7 @@ def test_old_version(monkeypatch: pytest.MonkeyPatch) -> None:
     from kdflow.teacher import sglang
 
     monkeypatch.setattr(sglang, "_installed_version", lambda: "0.5.9")
-    with pytest.raises(ConfigError, match=r"expected sglang 0\.5\.18 or later, got 0\.5\.9"):
+    with pytest.raises(ConfigError, match=r"expected sglang 0\.5\.18 or later \(tried: .*\), got 0\.5\.9"):
         sglang.check_version()
     monkeypatch.setattr(sglang, "_installed_version", lambda: "0.6.0rc1")
     sglang.check_version()

@@ -128,8 +128,8 @@ class SGLangTeacher:
         if unanswered:
             raise TeacherFault(
                 f"SGLang {_installed_version()} (tried: {', '.join(TRIED)}) runs without kdflow's plugin, which did "
-                f"not answer the first request. Its traceback is above if it failed to load; SGLANG_PLUGINS must not leave {sglang_plugin.KEY} out; "
-                "after an update of kdflow, install it again"
+                "not answer the first request. Its traceback is above if it failed to load; SGLANG_PLUGINS must not "
+                f"leave {sglang_plugin.KEY} out; after an update of kdflow, install it again"
             )
 
     async def _generate(self, samples: Sequence[np.ndarray], errands: Sequence[Errand]) -> list[Any]:

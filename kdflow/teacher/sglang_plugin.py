@@ -200,7 +200,7 @@ def after_forward(result: Any, worker: Any, batch: Any = None, *args: Any, **kwa
 def _is_first_rank() -> bool:
     """Of those that share the model, which all have the same hidden states."""
     # Workers and runners keep their rank in a place that changes from release to release.
-    from sglang.srt.distributed import get_tensor_model_parallel_rank
+    from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 
     return get_tensor_model_parallel_rank() == 0
 

@@ -53,7 +53,7 @@ test-sglang: $(SGLANG_VENV)/.kdflow-sglang ## an environment with SGLang for CPU
 	echo "== models"
 	$(SGLANG_BIN)/python examples/prepare_models.py
 	echo "== tests"
-	$(SGLANG_BIN)/python -m pytest -n 0 tests/teacher $(PYTEST_ARGS)
+	$(SGLANG_BIN)/python -m pytest -n 0 tests/teacher/test_sglang*.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.kdflow-dev ## ruff, pyright and clang-format
 	cd $(ROOT)

@@ -56,10 +56,11 @@ def main() -> None:
     shutil.rmtree(STUDENT, ignore_errors=True)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.bfloat16)
-    # The weights are dense now; what says otherwise must go before they can be saved.
+    # The weights are dense now; what says otherwise, in releases of transformers that leave it, must go before they can
+    # be saved.
     model.hf_quantizer = None
     model.is_quantized = False
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     # Read differently from GGUF by different releases of transformers, so stated here.
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"

@@ -251,7 +251,10 @@ class TransportConfig:
     """The ring between teacher and student.
 
     Args:
-        num_slots: Microbatches in flight: how far the teacher may run ahead.
+        schedule: overlap has teachers prefill ahead while the student trains; colocate has them take turns at one GPU:
+            teachers prefill as many whole steps as num_slots microbatches hold, then sleep and leave their memory to
+            the student (docs/teachers.md).
+        num_slots: Microbatches in flight of each rank: how far teachers may run ahead, or what one turn holds.
         timeout_s: Longest wait for the other side, seconds.
         start_timeout_s: Longest wait for a teacher to load, seconds.
         checksum: Check each record with crc32c; host slots alone have it.
@@ -259,6 +262,7 @@ class TransportConfig:
             and to by themselves; auto takes what the GPUs of both sides can reach.
     """
 
+    schedule: Literal["overlap", "colocate"] = "overlap"
     num_slots: int = 4
     timeout_s: float = 300.0
     start_timeout_s: float = 600.0

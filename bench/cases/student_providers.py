@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -142,13 +143,13 @@ class _Stored:
     def __init__(self, rows: Sequence[torch.Tensor]) -> None:
         self._all = rows
 
-    def prefetch(self, microbatches: Iterator[Microbatch]) -> Iterator[_StoredRows]:
-        for microbatch, rows in zip(microbatches, self._all, strict=True):
+    def prefetch(self, work: Iterator[Sequence[Microbatch]]) -> Iterator[_StoredRows]:
+        for microbatch, rows in zip(chain.from_iterable(work), self._all, strict=True):
             yield _StoredRows(microbatch, rows)
 
 
 class _StoredRows:
-    prefill_s = 0.0
+    prefill_s = waited_s = 0.0
 
     def __init__(self, microbatch: Microbatch, rows: torch.Tensor) -> None:
         self.microbatch = microbatch

@@ -127,6 +127,7 @@ def start_teacher(
         requests=requests.handle,
         hidden=[ring.handle],
         placement=choice.kind,
+        turns=None,
         timeout_s=TIMEOUT_S,
         ready_fd=-1,
     )

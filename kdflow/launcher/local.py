@@ -17,7 +17,7 @@ from kdflow.launcher.teachers import TeacherProcess, check_teachers
 from kdflow.modeling import hide_progress_bars, resolve_device
 from kdflow.teacher.worker import WorkerSpec
 from kdflow.tracing import FOLDER, merged_timeline
-from kdflow.transport import RequestRing, choose_hidden_ring, create_hidden_ring, request_bytes
+from kdflow.transport import RequestRing, choose_hidden_ring, create_hidden_ring, create_turn_ring, request_bytes
 
 
 def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
@@ -90,7 +90,10 @@ def _start_teachers(
         for rank in range(num_ranks)
     ]
     handles = {name: ring.handle for name, ring in requests.items()}
-    rings = Rings(handles, [ring.handle for ring in hidden], choice.kind)
+    turns = None
+    if transport.schedule == "colocate":
+        turns = stack.enter_context(create_turn_ring(len(workers))).handle
+    rings = Rings(handles, [ring.handle for ring in hidden], choice.kind, turns)
     teachers = [
         stack.enter_context(
             TeacherProcess(
@@ -104,6 +107,7 @@ def _start_teachers(
                     requests=rings.requests[worker.name],
                     hidden=rings.hidden,
                     placement=rings.placement,
+                    turns=rings.turns,
                     timeout_s=transport.timeout_s,
                     ready_fd=-1,
                 ),

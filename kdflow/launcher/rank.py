@@ -21,8 +21,8 @@ from kdflow.modeling import hide_progress_bars, load_lm_head, resolve_device, re
 from kdflow.observe import Progress, Recorder
 from kdflow.student import CheckpointStore, FSDP2Student, export_model, seed_random_state
 from kdflow.tracing import open_trace
-from kdflow.training import NoTeacher, Observer, Trainer, plan
-from kdflow.transport import HiddenStatesClient, RequestRing, attach_hidden_ring
+from kdflow.training import Colocate, NoTeacher, Observer, Overlap, Trainer, plan
+from kdflow.transport import HiddenRing, HiddenStatesClient, RequestRing, Turns, attach_hidden_ring
 from kdflow.types import LMHead
 
 
@@ -34,11 +34,13 @@ class Rings:
         requests: handles of the request rings, by teacher.
         hidden: handles of the data rings, by rank.
         placement: where their slots lie.
+        turns: handle of the turn ring, where teachers and students take turns.
     """
 
     requests: dict[str, str]
     hidden: list[str]
     placement: str
+    turns: str | None
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, str]:
     return found
 
 
-def _attach(rings: Rings, config: RunConfig, rank: int, device: torch.device, stack: ExitStack) -> HiddenStatesClient:
+def _attach(rings: Rings, config: RunConfig, rank: int, device: torch.device, stack: ExitStack) -> Overlap | Colocate:
     # Left in the opposite order: teachers go when there is nobody to ask any more, and slots on a
     # GPU are freed when they have gone.
     hidden = attach_hidden_ring(rings.hidden[rank], placement=rings.placement, role="consumer", device=device)
@@ -200,13 +202,22 @@ def _attach(rings: Rings, config: RunConfig, rank: int, device: torch.device, st
         name: stack.enter_context(RequestRing.attach(handle, role="producer"))
         for name, handle in rings.requests.items()
     }
-    return HiddenStatesClient(
+    teachers, timeout_s = config.named_teachers(), config.transport.timeout_s
+    client = HiddenStatesClient(
         requests,
         hidden,
         rank=rank,
-        timeout_s=config.transport.timeout_s,
-        max_resends=max(teacher.max_restarts for teacher in config.named_teachers().values()),
+        timeout_s=timeout_s,
+        max_resends=max(teacher.max_restarts for teacher in teachers.values()),
     )
+    if rings.turns is None:
+        return Overlap(client)
+    turns = None
+    if rank == 0:
+        ring = stack.enter_context(HiddenRing.attach(rings.turns, role="consumer"))
+        workers = [requests[name] for name, teacher in teachers.items() for _ in range(teacher.num_workers)]
+        turns = Turns(workers, ring, timeout_s=timeout_s)
+    return Colocate(client, turns, device=device)
 
 
 def _observers(config: RunConfig, folder: Path, num_steps_done: int, stack: ExitStack) -> list[Observer]:

@@ -41,7 +41,7 @@ class TeacherProcess:
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
         self._restarts_left = spec.teacher.max_restarts
-        self._seats = Seats(spec.requests, spec.hidden) if self._restarts_left else None
+        self._seats = Seats(spec.requests, [*spec.hidden, *filter(None, [spec.turns])]) if self._restarts_left else None
         self._start()
 
     def _start(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from kdflow.config import TeacherConfig
 from kdflow.registry import Registry
 from kdflow.tracing import OFF, Trace
-from kdflow.transport import HiddenStatesServer, RequestRing, attach_hidden_ring
+from kdflow.transport import HiddenStatesServer, RequestRing, SleepOrder, attach_hidden_ring
 from kdflow.types import Microbatch
 
 
@@ -49,8 +49,13 @@ class Teacher(Protocol):
     dtype: torch.dtype
     device: torch.device
 
-    def __init__(self, config: TeacherConfig, *, gpu: int) -> None:
-        """Loads the model; `gpu`, counted round, is the (first) one to take where it runs on CUDA."""
+    def __init__(self, config: TeacherConfig, *, gpu: int, sleeps: bool = False) -> None:
+        """Loads the model.
+
+        Args:
+            gpu: the (first) one to take, counted round, where it runs on CUDA.
+            sleeps: whether `sleep` will be called.
+        """
         ...
 
     def hidden_rows(self, samples: Sequence[np.ndarray]) -> list[torch.Tensor]:
@@ -68,16 +73,25 @@ class Teacher(Protocol):
         """Joins the rings; once, before `serve`."""
         ...
 
-    def serve(self, *, limit: int | None, idle: Callable[[], None], trace: Trace = OFF) -> bool:
-        """Answers requests until every student has left, or `limit` are answered.
+    def serve(self, *, limit: int | None, idle: Callable[[], None], trace: Trace = OFF) -> SleepOrder | bool:
+        """Answers requests until every student has left, `limit` are answered or an order to sleep comes.
 
         Args:
             idle: called about once a second while nothing comes.
             trace: gets the phases of each request, where they follow one another.
 
         Returns:
-            Whether there is more to do: False when the students have left.
+            The order, when all that was taken before it is answered; or whether there is more to do: False when the
+            students have left.
         """
+        ...
+
+    def sleep(self) -> None:
+        """Gives its GPU's memory back, and keeps what it needs to wake as the same teacher in the host's."""
+        ...
+
+    def wake_up(self) -> None:
+        """Takes the memory again."""
         ...
 
     def close(self) -> None:
@@ -122,7 +136,7 @@ class LocalTeacher(ABC):
         }
         self._server = HiddenStatesServer(requests, hidden, timeout_s=rings.timeout_s)
 
-    def serve(self, *, limit: int | None, idle: Callable[[], None], trace: Trace = OFF) -> bool:
+    def serve(self, *, limit: int | None, idle: Callable[[], None], trace: Trace = OFF) -> SleepOrder | bool:
         assert self._server is not None, "attach first"
         return self._server.serve(
             self.hidden_size, self.dtype, self._timed_prefill, idle=idle, limit=limit, trace=trace

@@ -20,7 +20,7 @@ from kdflow.types import Microbatch
 class HFTeacher(LocalTeacher):
     """Runs the decoder, not the head, over packed samples. The head is there for `token_logprobs` alone."""
 
-    def __init__(self, config: TeacherConfig, *, gpu: int) -> None:
+    def __init__(self, config: TeacherConfig, *, gpu: int, sleeps: bool = False) -> None:
         super().__init__()
         if config.tp_size > 1 or config.engine_args:
             raise ConfigError("teacher.tp_size and teacher.engine_args: backend hf has none; use backend sglang")
@@ -57,6 +57,14 @@ class HFTeacher(LocalTeacher):
             logits = self._model(ids[None], **packed_options((len(sample),), self.device)).logits[0, :-1]
             found.append(logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0].cpu())
         return found
+
+    def sleep(self) -> None:
+        self._decoder.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake_up(self) -> None:
+        self._decoder.to(self.device)
 
     def attach(self, rings: TeacherRings) -> None:
         self._model = None  # with it the head, where it is not tied to the embeddings

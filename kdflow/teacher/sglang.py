@@ -29,14 +29,15 @@ from kdflow.teacher import sglang_plugin
 from kdflow.teacher.base import TEACHERS, TeacherRings
 from kdflow.teacher.sglang_plugin import Errand
 from kdflow.tracing import OFF, Trace
-from kdflow.transport import HiddenRing, PrefillRequest, ReadSlot, RequestRing
+from kdflow.transport import HiddenRing, PrefillRequest, ReadSlot, RequestRing, SleepOrder
 from kdflow.types import Microbatch
 
 T = TypeVar("T")
 
-OLDEST = "0.5.18"
+TRIED = ("0.5.18", "0.5.21", "0.5.23")  # the first is the oldest that is accepted
 _TICK_S = 0.25
 _CLOSE_S = 10.0
+_IDLE_WAIT_S = 60.0
 
 # Options of the engine that teacher.engine_args may not set, and why.
 _OWN = {
@@ -53,6 +54,8 @@ _OWN = {
     "disable_radix_cache": "it is always on, for rows of a cached prefix are not computed",
     "skip_tokenizer_init": "it is always on, for token ids go in",
     "custom_sigquit_handler": "the worker has its own",
+    "enable_memory_saver": "transport.schedule: colocate turns it on",
+    "enable_weights_cpu_backup": "transport.schedule: colocate turns it on",
     "speculative_algorithm": "a teacher does not decode",
 }
 
@@ -61,14 +64,14 @@ _OWN = {
 class SGLangTeacher:
     """An engine of one or more GPUs; requests go in as they come, and it batches and chunks them as it likes."""
 
-    def __init__(self, config: TeacherConfig, *, gpu: int) -> None:
+    def __init__(self, config: TeacherConfig, *, gpu: int, sleeps: bool = False) -> None:
         self.device = resolve_device(config.device, gpu)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.hidden_size: int = load_model_config(config.model).get_text_config().hidden_size
         self._num_workers = config.num_workers
         self._requests: RequestRing | None = None
         self._rings: TeacherRings | None = None
-        options = engine_options(config, self.device, self.dtype)
+        options = engine_options(config, self.device, self.dtype, sleeps=sleeps)
         check_version()
         _prepare_environment(self.device, config.tp_size)
         on_term = signal.getsignal(signal.SIGTERM)
@@ -124,9 +127,9 @@ class SGLangTeacher:
         self._loop.add_signal_handler(signal.SIGQUIT, self._mourn, "a process of the SGLang engine reported an error")
         if unanswered:
             raise TeacherFault(
-                f"SGLang {_installed_version()} runs without kdflow's plugin, which did not answer the first request. "
-                f"Its traceback is above if it failed to load; SGLANG_PLUGINS must not leave {sglang_plugin.KEY} out; "
-                "after an update of kdflow, install it again"
+                f"SGLang {_installed_version()} (tried: {', '.join(TRIED)}) runs without kdflow's plugin, which did "
+                "not answer the first request. Its traceback is above if it failed to load; SGLANG_PLUGINS must not "
+                f"leave {sglang_plugin.KEY} out; after an update of kdflow, install it again"
             )
 
     async def _generate(self, samples: Sequence[np.ndarray], errands: Sequence[Errand]) -> list[Any]:
@@ -155,26 +158,31 @@ class SGLangTeacher:
         self._rings = rings
         self._requests = RequestRing.attach(rings.requests, role="consumer")
 
-    def serve(self, *, limit: int | None, idle: Callable[[], None], trace: Trace = OFF) -> bool:
+    def serve(self, *, limit: int | None, idle: Callable[[], None], trace: Trace = OFF) -> SleepOrder | bool:
         assert self._requests is not None, "attach first"
         return self._run(self._serve(self._requests, limit, idle, trace))
 
-    async def _serve(self, requests: RequestRing, limit: int | None, idle: Callable[[], None], trace: Trace) -> bool:
+    async def _serve(
+        self, requests: RequestRing, limit: int | None, idle: Callable[[], None], trace: Trace
+    ) -> SleepOrder | bool:
         window = -(-requests.num_slots // self._num_workers)
         answering: set[asyncio.Task[None]] = set()
         num_taken = 0
+        order: SleepOrder | None = None
         while True:
-            may_take = len(answering) < window and (limit is None or num_taken < limit)
+            may_take = order is None and len(answering) < window and (limit is None or num_taken < limit)
             try:
                 message = requests.try_lease() if may_take else None
             except PeerDied:
                 return False
             if message is not None:
-                answering.add(asyncio.ensure_future(self._answer(message)))
-                num_taken += 1
+                order = SleepOrder.of(message)
+                if order is None:
+                    answering.add(asyncio.ensure_future(self._answer(message)))
+                    num_taken += 1
                 continue
-            if num_taken == limit and not answering:
-                return True
+            if not answering and (order is not None or num_taken == limit):
+                return order or True
             if not await self._wait(requests if may_take else None, answering):
                 idle()
             for task in [task for task in answering if task.done()]:
@@ -205,6 +213,27 @@ class SGLangTeacher:
     def _errand(self, ring: str, placement: str, ticket: int) -> Errand:
         dtype = str(self.dtype).removeprefix("torch.")
         return Errand(ring=ring, placement=placement, ticket=ticket, dtype=dtype, asked_ns=time.monotonic_ns())
+
+    # --- turns ---
+
+    def sleep(self) -> None:
+        from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
+
+        manager = self._engine.tokenizer_manager
+        # A scheduler dies of being asked for its memory before it has put its last batch away, which it does some time
+        # after the last reply.
+        flushed = self._run(manager.flush_cache(timeout_s=_IDLE_WAIT_S))
+        if not flushed.success:
+            raise TeacherFault(
+                f"SGLang did not become idle within {_IDLE_WAIT_S:g} s, and so cannot sleep ({flushed.message}); is "
+                "somebody else asking this engine?"
+            )
+        self._run(manager.release_memory_occupation(ReleaseMemoryOccupationReqInput()))
+
+    def wake_up(self) -> None:
+        from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
+
+        self._run(self._engine.tokenizer_manager.resume_memory_occupation(ResumeMemoryOccupationReqInput()))
 
     # --- preflight ---
 
@@ -265,11 +294,13 @@ def split(microbatch: Microbatch, errand: Errand) -> tuple[list[np.ndarray], lis
     return samples, errands
 
 
-def engine_options(config: TeacherConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def engine_options(
+    config: TeacherConfig, device: torch.device, dtype: torch.dtype, *, sleeps: bool = False
+) -> dict[str, Any]:
     """Keywords of sglang.Engine.
 
     Raises:
-        ConfigError: teacher.engine_args sets what is kdflow's to set.
+        ConfigError: teacher.engine_args sets what is kdflow's to set; what frees a GPU's memory is not installed.
     """
     for name in config.engine_args:
         if name in _OWN:
@@ -297,6 +328,14 @@ def engine_options(config: TeacherConfig, device: torch.device, dtype: torch.dty
                 f"{torch.cuda.device_count()}"
             )
         options["base_gpu_id"] = device.index
+        if sleeps:
+            if importlib.util.find_spec("torch_memory_saver") is None:
+                raise ConfigError(
+                    "transport.schedule: colocate needs torch_memory_saver, with which SGLang gives its memory back; "
+                    "pip install torch_memory_saver"
+                )
+            # Without the backup an engine wakes with weights that are anything.
+            options |= {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
     else:
         options |= {"mem_fraction_static": 0.5, "max_total_tokens": 16384}
     return options | config.engine_args
@@ -310,10 +349,12 @@ def check_version() -> None:
     found = _installed_version()
     if found is None:
         raise ConfigError(
-            f"teacher.backend: sglang is not installed; pip install 'sglang>={OLDEST}', or use backend hf"
+            f"teacher.backend: sglang is not installed; pip install 'sglang>={TRIED[0]}', or use backend hf"
         )
-    if _numbers(found) < _numbers(OLDEST):
-        raise ConfigError(f"teacher.backend: expected sglang {OLDEST} or later, got {found}; update it")
+    if _numbers(found) < _numbers(TRIED[0]):
+        raise ConfigError(
+            f"teacher.backend: expected sglang {TRIED[0]} or later (tried: {', '.join(TRIED)}), got {found}; update it"
+        )
 
 
 def _installed_version() -> str | None:

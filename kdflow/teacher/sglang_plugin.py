@@ -189,12 +189,20 @@ def after_forward(result: Any, worker: Any, batch: Any = None, *args: Any, **kwa
         return
     hidden, output.hidden_states = output.hidden_states, None
     output.customized_info = {KEY: [None] * len(errands)}
-    if worker.model_runner.tp_rank == 0:
+    if _is_first_rank():
         ends = [
             prefix + n >= len(request.origin_input_ids)
             for request, prefix, n in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)
         ]
         _capture.take(list(zip(batch.prefix_lens, batch.extend_lens, errands, ends, strict=True)), hidden)
+
+
+def _is_first_rank() -> bool:
+    """Of those that share the model, which all have the same hidden states."""
+    # Workers and runners keep their rank in a place that changes from release to release.
+    from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
+
+    return get_tensor_model_parallel_rank() == 0
 
 
 def register() -> None:

@@ -21,7 +21,8 @@ from kdflow.errors import EngineDied, KdflowError
 from kdflow.modeling import hide_progress_bars
 from kdflow.teacher.base import TEACHERS, Teacher, TeacherRings
 from kdflow.teacher.preflight import Preflight
-from kdflow.tracing import open_trace
+from kdflow.tracing import Trace, open_trace
+from kdflow.transport import HiddenRing, SleepOrder
 
 # Exit code of a worker whose engine died under it, so that starting it again may help.
 ENGINE_DIED = 75
@@ -40,6 +41,7 @@ class WorkerSpec:
         requests: handle of the request ring.
         hidden: handles of the data rings, by rank.
         placement: where their slots lie.
+        turns: handle of the turn ring, where teachers and students take turns.
         timeout_s: longest wait for a slot, seconds.
         ready_fd: descriptor, inherited, for the announcement.
     """
@@ -53,6 +55,7 @@ class WorkerSpec:
     requests: str
     hidden: list[str]
     placement: str
+    turns: str | None
     timeout_s: float
     ready_fd: int
 
@@ -70,8 +73,11 @@ class _Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self._parent = os.getppid()
         self._spec = spec
+        self._turns: HiddenRing | None = None
         torch.set_num_threads(spec.num_threads)
-        self._teacher: Teacher = TEACHERS.get(spec.teacher.backend)(spec.teacher, gpu=spec.gpu)
+        self._teacher: Teacher = TEACHERS.get(spec.teacher.backend)(
+            spec.teacher, gpu=spec.gpu, sleeps=spec.turns is not None
+        )
 
     def run(self) -> None:
         """Checks the teacher, announces it, and serves until the students have left."""
@@ -82,13 +88,30 @@ class _Worker:
             ready = {"hidden_size": teacher.hidden_size, "dtype": str(teacher.dtype)}
             with os.fdopen(spec.ready_fd, "w") as announcement:
                 announcement.write(json.dumps(ready) + "\n")
+            if spec.turns is not None:
+                self._turns = HiddenRing.attach(spec.turns, role="producer")
             folder, device = Path(spec.folder), teacher.device
             with open_trace(spec.profile, folder, "teacher", spec.index, device, host_is_ahead=False) as trace:
                 limit = spec.teacher.check_every or None
-                while teacher.serve(limit=limit, idle=self._stop_with_parent, trace=trace):
+                while pause := teacher.serve(limit=limit, idle=self._stop_with_parent, trace=trace):
+                    if isinstance(pause, SleepOrder) and not self._sleep(pause, trace):
+                        break
                     preflight.check_again()
         finally:
             teacher.close()
+
+    def _sleep(self, order: SleepOrder, trace: Trace) -> bool:
+        """Until it is woken; False when the students have left."""
+        assert self._turns is not None
+        trace.phase("sleep")
+        self._teacher.sleep()
+        trace.phase("asleep")
+        woken = order.fulfil(self._turns, timeout_s=self._spec.timeout_s, idle=self._stop_with_parent)
+        if woken:
+            trace.phase("wake up")
+            self._teacher.wake_up()
+        trace.phase()
+        return woken
 
     def _stop_with_parent(self) -> None:
         if os.getppid() != self._parent:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -42,6 +42,7 @@ class HiddenRows(Protocol):
     """Teacher rows of one microbatch: a context manager that frees their slot."""
 
     microbatch: Microbatch
+    waited_s: float
 
     @property
     def prefill_s(self) -> float: ...
@@ -58,7 +59,7 @@ class HiddenRows(Protocol):
 class HiddenStates(Protocol):
     """Where teacher rows come from."""
 
-    def prefetch(self, microbatches: Iterator[Microbatch]) -> Iterator[HiddenRows]: ...
+    def prefetch(self, work: Iterator[Sequence[Microbatch]]) -> Iterator[HiddenRows]: ...
 
 
 class Checkpoints(Protocol):
@@ -131,7 +132,7 @@ class Trainer:
             CheckpointError: the last checkpoint could not be written.
         """
         work, ahead = itertools.tee(plan)
-        rows = self._hidden_states.prefetch(m for item in ahead for m in item.microbatches)
+        rows = self._hidden_states.prefetch(item.microbatches for item in ahead)
         self._num_skipped = num_skipped
         score: float | None = None
         for item in work:
@@ -185,7 +186,7 @@ class Trainer:
         totals = Totals(self._device, step.loss_tokens)
         for microbatch in step.microbatches:
             with self._next(rows, microbatch) as pending:
-                teacher_rows = WaitTimer(partial(self._received, pending), self._clock)
+                teacher_rows = WaitTimer(partial(self._received, pending), self._clock, pending.waited_s)
                 output = self._student.forward_backward(
                     microbatch,
                     teacher_rows,

@@ -103,11 +103,13 @@ class WaitTimer:
 
     Args:
         clock: a stream in which nothing else runs, on CUDA; the device computes in the current one.
+        waited_s: how long it stood still before.
     """
 
-    def __init__(self, function: Callable[[], torch.Tensor], clock: torch.cuda.Stream | None) -> None:
+    def __init__(self, function: Callable[[], torch.Tensor], clock: torch.cuda.Stream | None, waited_s: float) -> None:
         self._function = function
         self._clock = clock
+        self._waited_s = waited_s
         self._compute = None if clock is None else torch.cuda.current_stream(clock.device)
         self._host_s = 0.0
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
@@ -127,10 +129,10 @@ class WaitTimer:
     def seconds(self) -> float:
         """To be asked once the device is done with what came after the rows."""
         if self._events is None:
-            return self._host_s
+            return self._waited_s + self._host_s
         queued, came = self._events
         came.synchronize()
-        return max(0.0, queued.elapsed_time(came) * 1e-3)
+        return self._waited_s + max(0.0, queued.elapsed_time(came) * 1e-3)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from types import TracebackType
 
 import torch
@@ -13,14 +14,14 @@ from kdflow.types import Microbatch
 class NoTeacher:
     """Gives each microbatch rows without columns, at once."""
 
-    def prefetch(self, microbatches: Iterator[Microbatch]) -> Iterator[NoRows]:
-        return map(NoRows, microbatches)
+    def prefetch(self, work: Iterator[Sequence[Microbatch]]) -> Iterator[NoRows]:
+        return map(NoRows, chain.from_iterable(work))
 
 
 class NoRows:
     """(N, 0), and no time spent on it."""
 
-    prefill_s = 0.0
+    prefill_s = waited_s = 0.0
 
     def __init__(self, microbatch: Microbatch) -> None:
         self.microbatch = microbatch

@@ -12,6 +12,7 @@ from kdflow.transport.cuda_ring import CudaReadSlot, CudaRing, CudaWriteSlot
 from kdflow.transport.hidden import Seats, attach_hidden_ring, choose_hidden_ring, create_hidden_ring
 from kdflow.transport.ring import HiddenRing, RequestRing, RingStats
 from kdflow.transport.slots import ReadSlot, WriteSlot
+from kdflow.transport.turns import SleepOrder, Turns, create_turn_ring
 
 __all__ = [
     "CudaReadSlot",
@@ -27,11 +28,14 @@ __all__ = [
     "RingChoice",
     "RingStats",
     "Seats",
+    "SleepOrder",
+    "Turns",
     "WriteSlot",
     "attach_hidden_ring",
     "choose_hidden_ring",
     "choose_ring",
     "create_hidden_ring",
+    "create_turn_ring",
     "cuda_available",
     "cuda_unavailable_reason",
     "request_bytes",

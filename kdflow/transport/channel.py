@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from kdflow.tracing import OFF, Trace
 from kdflow.transport.cuda_ring import CudaRing
 from kdflow.transport.ring import HiddenRing, RequestRing
 from kdflow.transport.slots import ReadSlot
+from kdflow.transport.turns import SleepOrder
 from kdflow.types import Microbatch
 
 if TYPE_CHECKING:
@@ -86,7 +87,10 @@ class PendingRows:
 
     Attributes:
         microbatch: whose loss rows they are.
+        waited_s: how long the student stood still before it was handed out, seconds.
     """
+
+    waited_s = 0.0
 
     def __init__(self, microbatch: Microbatch, receive: Callable[[], ReadSlot]) -> None:
         self.microbatch = microbatch
@@ -103,6 +107,10 @@ class PendingRows:
             RingTimeout: it took longer than the channel's timeout.
         """
         return self._received().tensor()
+
+    def wait(self) -> None:
+        """Until they are there; raises as `tensor` does."""
+        self._received()
 
     @property
     def prefill_s(self) -> float:
@@ -166,6 +174,15 @@ class HiddenStatesClient:
             pending.append(self._request(microbatch))
         yield from pending
 
+    @property
+    def num_slots(self) -> int:
+        """Microbatches that may be asked for at one time."""
+        return self._hidden.num_slots
+
+    def ask(self, microbatches: Sequence[Microbatch]) -> list[PendingRows]:
+        """Asks for all of them at once, `num_slots` at most; earlier ones must have been released."""
+        return [self._request(microbatch) for microbatch in microbatches]
+
     def _request(self, microbatch: Microbatch) -> PendingRows:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         request = PrefillRequest(self._rank, ticket, microbatch.for_teacher())
@@ -228,8 +245,8 @@ class HiddenStatesServer:
         idle: Callable[[], None],
         limit: int | None = None,
         trace: Trace = OFF,
-    ) -> bool:
-        """Answers requests until every student has left, or `limit` are answered.
+    ) -> SleepOrder | bool:
+        """Answers requests until every student has left, `limit` are answered or an order to sleep comes.
 
         Args:
             prefill: writes the rows of a microbatch into `out` (N, hidden_size) and returns the
@@ -238,7 +255,7 @@ class HiddenStatesServer:
             trace: gets the phases of each request.
 
         Returns:
-            False when the students have left.
+            The order, or whether there is more to do: False when the students have left.
         """
         num_answered = 0
         while limit is None or num_answered < limit:
@@ -249,6 +266,8 @@ class HiddenStatesServer:
                 continue
             except PeerDied:
                 return False
+            if (order := SleepOrder.of(message)) is not None:
+                return order
             # The request stays in the ring until its slot is ours: a worker that dies before
             # leaves it to another one, a worker that dies after leaves an abandoned slot.
             with message:

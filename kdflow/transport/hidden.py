@@ -31,6 +31,8 @@ def choose_hidden_ring(config: TransportConfig, pairs: Iterable[tuple[int | None
         if wanted in ("pinned", "device"):
             raise ConfigError(f"transport.checksum: a {wanted} ring has none; use transport.placement host or auto")
         return RingChoice("host", "only this one has checksums")
+    if wanted == "auto" and config.schedule == "colocate" and found.kind == "device":
+        return RingChoice("pinned", "what waits for the student's turn leaves the GPU to it")
     if wanted == "auto":
         return found
     if _BY_REACH.index(wanted) > _BY_REACH.index(found.kind):

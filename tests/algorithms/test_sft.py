@@ -31,7 +31,7 @@ def loss_and_gradients(folder: Path):
     step = pack_step(list(load_samples(folder)[:6]), tokens_per_microbatch=200)
     assert len(step.microbatches) > 1
     loss = 0.0
-    for rows in NoTeacher().prefetch(iter(step.microbatches)):
+    for rows in NoTeacher().prefetch(iter([step.microbatches])):
         last = rows.microbatch is step.microbatches[-1]
         output = student.forward_backward(rows.microbatch, rows.tensor, num_items=step.num_loss_tokens, last=last)
         loss += output.loss.item()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
-from kdflow.config import load_config
+from kdflow.config import TeacherConfig, load_config
+from kdflow.teacher import TEACHERS
 from support.run import metrics_of, train
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +38,9 @@ def on_cpu(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, li
     return small_run(tiny, tmp_path_factory.mktemp("cpu"), teacher="cpu", student="cpu", placement="auto")
 
 
-def small_run(tiny: Path, folder: Path, *, teacher: str, student: str, placement: str) -> dict[str, list[float]]:
+def small_run(
+    tiny: Path, folder: Path, *, teacher: str, student: str, placement: str, schedule: str = "overlap"
+) -> dict[str, list[float]]:
     """Losses and evaluations of four steps in float32."""
     options = {
         "output_dir": folder / "run",
@@ -53,6 +58,7 @@ def small_run(tiny: Path, folder: Path, *, teacher: str, student: str, placement
         "teacher.device": teacher,
         "student.device": student,
         "transport.placement": placement,
+        "transport.schedule": schedule,
     }
     config = load_config(None, [f"--{name}={value}" for name, value in options.items()])
     result = train(config)
@@ -78,6 +84,25 @@ def test_devices_and_rings_agree_with_the_cpu(
     found = small_run(tiny, tmp_path, teacher=teacher, student=student, placement=placement)
     for name, values in on_cpu.items():
         assert found[name] == pytest.approx(values, rel=1e-3), name
+
+
+def test_turns_agree_with_the_cpu(tiny: Path, tmp_path: Path, on_cpu: dict[str, list[float]]) -> None:
+    found = small_run(tiny, tmp_path, teacher="cuda", student="cuda", placement="auto", schedule="colocate")
+    for name, values in on_cpu.items():
+        assert found[name] == pytest.approx(values, rel=1e-3), name
+
+
+def test_a_teacher_that_sleeps_leaves_the_gpu_and_wakes_as_it_was(tiny: Path) -> None:
+    config = TeacherConfig(model=str(tiny / "teacher"), dtype="float32", device="cuda")
+    teacher = TEACHERS.get("hf")(config, gpu=0, sleeps=True)
+    samples = [np.arange(20, dtype=np.int32)]
+    before, awake = teacher.hidden_rows(samples), torch.cuda.memory_allocated()
+    teacher.sleep()
+    num_bytes = (tiny / "teacher" / "model.safetensors").stat().st_size
+    assert awake - torch.cuda.memory_allocated() > 0.9 * num_bytes
+    teacher.wake_up()
+    assert torch.equal(teacher.hidden_rows(samples)[0], before[0])
+    teacher.close()
 
 
 def test_resume_goes_on_with_the_same_numbers(run_config, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
-"""Every fault that an engine was seen to commit without a word is planted in one that runs, and is caught."""
+"""Faults of a teacher, of its files and of what goes with them are told with their cause.
+
+Those that engines commit are planted in a running one by test_sglang_engine.py.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,11 @@ from kdflow.config import TeacherConfig
 from kdflow.errors import ConfigError, TeacherFault
 from kdflow.teacher import TEACHERS, Teacher
 from kdflow.teacher.preflight import Preflight
-from support.sglang_engine import FAULTS, needs_sglang, started
-
-BACKENDS = ["hf", pytest.param("sglang", marks=needs_sglang)]
+from support.sglang_engine import started
 
 
-def config_of(backend: str, model: Path) -> TeacherConfig:
-    return TeacherConfig(model=str(model), backend=backend, dtype="float32", device="cpu")
+def config_of(model: Path) -> TeacherConfig:
+    return TeacherConfig(model=str(model), backend="hf", dtype="float32", device="cpu")
 
 
 def edited(model: Path, folder: Path, **values: object) -> Path:
@@ -42,66 +42,26 @@ def reweighted(model: Path, folder: Path, change: Callable[[dict[str, torch.Tens
     return folder
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_sound_teachers_pass(models, backend: str) -> None:
+def test_sound_teachers_pass(models) -> None:
     for name in ("qwen3", "moe"):
-        with started(backend, models(name)) as teacher:
-            preflight = Preflight(config_of(backend, models(name)), teacher)
-            preflight.check_again()
+        with started("hf", models(name)) as teacher:
+            Preflight(config_of(models(name)), teacher).check_again()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_logit_scale_that_the_engine_ignores(models, tmp_path: Path, backend: str) -> None:
+def test_logit_scale_that_the_engine_ignores(models, tmp_path: Path) -> None:
     model = edited(models("llama"), tmp_path / "model", logit_scale=0.5)
     with (
-        started(backend, model) as teacher,
+        started("hf", model) as teacher,
         pytest.raises(TeacherFault, match=r"without its logit scale; the config says logit scale 0\.5"),
     ):
-        Preflight(config_of(backend, model), teacher)
-
-
-@contextmanager
-def faulty_engine(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Teacher, Path]]:
-    """An engine with the plugin of support/sglang_faults, and the file that chooses its fault."""
-    fault = tmp_path / "fault"
-    fault.write_text("")
-    monkeypatch.setenv("SGLANG_FAULT", str(fault))
-    monkeypatch.syspath_prepend(FAULTS)
-    with started("sglang", model) as teacher:
-        yield teacher, fault
-
-
-@needs_sglang
-def test_silent_faults_of_an_engine(models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = models("llama")
-    config = config_of("sglang", model)
-    with faulty_engine(model, tmp_path, monkeypatch) as (teacher, fault):
-        sound = Preflight(config, teacher)
-        for name, message in (
-            ("rows_of_another_request", r"distinct prompts in one batch: .* rows of request \d were given to request"),
-            ("shift_behind_cached_prefix", r"prompts that begin with earlier ones: .* are shifted by -?3"),
-            ("before_norm", "they were taken before the final norm"),
-        ):
-            fault.write_text(name)
-            with pytest.raises(TeacherFault, match=message):
-                Preflight(config, teacher)
-        fault.write_text("rows_of_another_request")
-        with pytest.raises(TeacherFault, match="teacher changed: hidden states of probe 0 differ"):
-            sound.check_again()
-        fault.write_text("")
-        sound.check_again()
-        fault.write_text("no_weights")  # from here on, as after a wake without a backup
-        with pytest.raises(TeacherFault, match=r"They are all zero\. Likely its weights were lost"):
-            sound.check_again()
-        with pytest.raises(TeacherFault, match=r"the teacher is uniform: .* keep a backup"):
-            Preflight(config, teacher)
+        Preflight(config_of(model), teacher)
 
 
 class FaultyHF:
     """A Hugging Face teacher of one model, whose rows go through `change` on their way."""
 
     def __new__(cls, model: Path, change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> Teacher:
-        teacher = TEACHERS.get("hf")(config_of("hf", model), gpu=0)
+        teacher = TEACHERS.get("hf")(config_of(model), gpu=0)
         sound = teacher.hidden_rows
         teacher.hidden_rows = lambda samples: change(sound(samples))  # type: ignore[method-assign]
         return teacher
@@ -122,7 +82,7 @@ def test_other_kinds_are_held_to_the_same(models, change, message: str) -> None:
     model = models("qwen3")
     teacher = FaultyHF(model, change)
     with pytest.raises(TeacherFault, match=message):
-        Preflight(config_of("hf", model), teacher)
+        Preflight(config_of(model), teacher)
     teacher.close()
 
 
@@ -133,7 +93,7 @@ def test_head_of_another_checkpoint(models, tmp_path: Path) -> None:
     with started("hf", model) as teacher:
         reweighted(models("qwen3"), model, lambda w: w["lm_head.weight"].mul_(-1))
         with pytest.raises(TeacherFault, match="of two checkpoints"):
-            Preflight(config_of("hf", model), teacher)
+            Preflight(config_of(model), teacher)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +107,7 @@ def test_head_of_another_checkpoint(models, tmp_path: Path) -> None:
 def test_config_that_does_not_fit(models, tmp_path: Path, values: dict[str, object], message: str) -> None:
     model = models("llama")
     with started("hf", model) as teacher, pytest.raises(ConfigError, match=message):
-        Preflight(config_of("hf", edited(model, tmp_path / "model", **values)), teacher)
+        Preflight(config_of(edited(model, tmp_path / "model", **values)), teacher)
 
 
 def test_tokenizer_of_a_larger_model(models, tmp_path: Path) -> None:
@@ -159,4 +119,4 @@ def test_tokenizer_of_a_larger_model(models, tmp_path: Path) -> None:
     tokenizer.add_tokens(["<|new|>"])
     tokenizer.save_pretrained(model)
     with started("hf", models("llama")) as teacher, pytest.raises(ConfigError, match="ids up to 384, its lm_head 384"):
-        Preflight(config_of("hf", model), teacher)
+        Preflight(config_of(model), teacher)

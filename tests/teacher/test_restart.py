@@ -121,11 +121,13 @@ def test_seats_alone_are_left_with_the_students(rings) -> None:
     assert hidden.peers()["producer"] == ()
 
 
-def test_killed_teachers_change_no_number(run_config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", ["overlap", "colocate"])
+def test_killed_teachers_change_no_number(run_config, tmp_path: Path, schedule: str) -> None:
+    """Awake or asleep: after a step of which the rows are all there, a teacher that takes turns mostly sleeps."""
     exact = {"teacher__dtype": "float32", "student__compute_dtype": "float32", "training__num_steps": 40}
     straight = run_config(output_dir=tmp_path / "straight", **exact)
     assert train(straight).returncode == 0
-    config = run_config(output_dir=tmp_path / "killed", **exact)
+    config = run_config(output_dir=tmp_path / "killed", transport__schedule=schedule, **exact)
     with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -46,14 +46,20 @@ def on_hf(run_config, tmp_path: Path):
     return run
 
 
-def test_two_replicas_match_hf(run_config, on_hf, tmp_path: Path) -> None:
-    """Two engines take from one request ring; each is probed again after every third microbatch."""
+def test_two_replicas_in_turns_with_the_student(run_config, on_hf, tmp_path: Path) -> None:
+    """Two engines take from one request ring and sleep while the student trains.
+
+    Each is probed again when it wakes, and after every third microbatch. The Hugging Face teacher works beside the
+    student, as teachers do by default.
+    """
     options = {"training__num_steps": 12, "training__eval_every": 6, "training__tokens_per_microbatch": 128}
     config = run_config(
         output_dir=tmp_path / "sglang",
         teacher__backend="sglang",
         teacher__num_workers=2,
         teacher__check_every=3,
+        transport__schedule="colocate",
+        transport__num_slots=5,
         **EXACT,
         **options,
     )
@@ -128,9 +134,9 @@ def test_no_restart_left(run_config) -> None:
     assert f"(process {scheduler.pid}) of the SGLang engine ended" in error
 
 
-def test_teacher_that_changes_ends_the_run(run_config, fault: Path) -> None:
-    """Its weights vanish under way: the probe tells, and nothing is started again."""
-    config = run_config(teacher__backend="sglang", teacher__check_every=4, training__num_steps=500)
+def test_teacher_that_wakes_as_another_ends_the_run(run_config, fault: Path) -> None:
+    """Its weights vanish in its sleep: the probe tells, and nothing is started again."""
+    config = run_config(teacher__backend="sglang", transport__schedule="colocate", training__num_steps=500)
     with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -24,7 +24,7 @@ class BadRows:
 
     def __init__(self, rows: Rows, microbatch: Microbatch, bad_sample: int) -> None:
         self.microbatch = microbatch
-        self.prefill_s = 0.1
+        self.prefill_s, self.waited_s = 0.1, 0.0
         self._rows, self._bad_sample = rows, bad_sample
 
     def tensor(self) -> torch.Tensor:
@@ -97,8 +97,8 @@ def train_with_a_bad_step(folder: Path, max_skipped_steps: int) -> dict[str, Any
     dist.broadcast_object_list(bad, src=0)  # a sample of rank 0 in the second of three steps
 
     class Source:
-        def prefetch(self, microbatches):
-            return (BadRows(rows, m, bad[0]) for m in microbatches)
+        def prefetch(self, work):
+            return (BadRows(rows, m, bad[0]) for microbatches in work for m in microbatches)
 
     seen = Seen(student)
     trainer = Trainer(

@@ -37,6 +37,7 @@ def test_the_pair_that_reaches_least_decides(monkeypatch: pytest.MonkeyPatch) ->
     assert choose_hidden_ring(TransportConfig(), [(0, 0), (1, 1)]).kind == "device"
     assert choose_hidden_ring(TransportConfig(), [(0, 0), (1, 0)]) == RingChoice("pinned", "1 to 0")
     assert choose_hidden_ring(TransportConfig(placement="host"), [(0, 0)]).kind == "host"
+    assert choose_hidden_ring(TransportConfig(schedule="colocate"), [(0, 0)]).kind == "pinned"
     assert choose_hidden_ring(TransportConfig(checksum=True), [(0, 0)]).kind == "host"
     with pytest.raises(ConfigError, match="device cannot be had, pinned can: 1 to 0; use auto"):
         choose_hidden_ring(TransportConfig(placement="device"), [(1, 0)])

@@ -16,6 +16,7 @@ import torch
 
 _seen: set[tuple[int, ...]] = set()
 _before_norm: dict[str, torch.Tensor] = {}
+_lost_weights: list[torch.Tensor] = []
 
 
 def fault() -> str:
@@ -54,15 +55,24 @@ def before_norm(batch: Any, hidden: torch.Tensor) -> torch.Tensor:
 FAULTS = {f.__name__: f for f in (rows_of_another_request, shift_behind_cached_prefix, before_norm)}
 
 
+def _lose_or_find_weights(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        if _lost_weights:
+            for weight in model.parameters():
+                weight.copy_(_lost_weights.pop(0))
+        else:
+            for weight in model.parameters():
+                _lost_weights.append(weight.clone())
+                weight.zero_()
+
+
 def around_forward(forward: Any, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     if not _before_norm:
         # RMSNorm of SGLang adds the residual and returns (normed, sum).
         runner.model.model.norm.register_forward_hook(lambda m, i, out: _before_norm.update(rows=out[1]))
         _before_norm["rows"] = torch.empty(0)
-    if fault() == "no_weights":
-        with torch.no_grad():
-            for weight in runner.model.parameters():
-                weight.zero_()
+    if (fault() == "no_weights") != bool(_lost_weights):
+        _lose_or_find_weights(runner.model)
     if fault() == "slow":
         time.sleep(1.0)
     result = forward(runner, batch, *args, **kwargs)

@@ -1,0 +1,93 @@
+"""Orders to sleep: each worker gets one, sleeps while its record is held, and wakes or leaves with the student."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kdflow.errors import PeerDied
+from kdflow.transport import HiddenRing, RequestRing, SleepOrder, Turns, create_turn_ring
+from support.processes import Spawned, say
+
+
+def work(requests: str, turns: str, hang: bool) -> None:
+    """A worker that knows nothing but sleep."""
+    ring, orders = HiddenRing.attach(turns, role="producer"), RequestRing.attach(requests, role="consumer")
+    say("here")
+    while True:
+        try:
+            order = SleepOrder.of(orders.lease(timeout_s=30.0))
+        except PeerDied:
+            return say("nobody to ask")
+        assert order is not None
+        say(f"order {order.ticket}")
+        if hang:
+            time.sleep(120)
+        if not order.fulfil(ring, timeout_s=30.0, idle=lambda: None):
+            return say("left asleep")
+        say("woke")
+
+
+class Student:
+    def __init__(self, num_workers: int) -> None:
+        self.requests = RequestRing.create(name="requests", num_slots=8, slot_bytes=64)
+        self.ring = create_turn_ring(num_workers)
+        self.sender = RequestRing.attach(self.requests.handle, role="producer")
+        self.consumer = HiddenRing.attach(self.ring.handle, role="consumer")
+        self.turns = Turns([self.sender] * num_workers, self.consumer, timeout_s=30.0)
+
+    def worker(self, *, hang: bool = False) -> Spawned:
+        spawned = Spawned(work, self.requests.handle, self.ring.handle, hang)
+        assert spawned.line() == "here"
+        return spawned
+
+    def leave(self) -> None:
+        self.consumer.close()
+        self.sender.close()
+
+
+@pytest.fixture
+def student() -> Iterator[Student]:
+    made = Student(2)
+    yield made
+    made.leave()
+
+
+def test_each_worker_sleeps_once_a_turn(student: Student) -> None:
+    workers = [student.worker() for _ in range(2)]
+    for turn in range(4):  # more often than there are slots
+        student.turns.teachers_sleep()
+        orders = {worker.line() for worker in workers}
+        assert orders == {f"order {2 * turn}", f"order {2 * turn + 1}"}
+        student.turns.wake_teachers()
+        assert [worker.line() for worker in workers] == ["woke", "woke"]
+    student.leave()
+    assert [worker.line() for worker in workers] == ["nobody to ask"] * 2
+
+
+def test_an_order_outlives_its_worker(student: Student) -> None:
+    first, second = student.worker(), student.worker(hang=True)
+    asleep = threading.Thread(target=student.turns.teachers_sleep)
+    asleep.start()
+    told = {first.line(), second.line()}
+    assert told == {"order 0", "order 1"}
+    second.kill()
+    third = student.worker()
+    assert third.line() in told
+    asleep.join(30)
+    assert not asleep.is_alive()
+    student.turns.wake_teachers()
+    assert (first.line(), third.line()) == ("woke", "woke")
+
+
+def test_who_sleeps_leaves_with_the_student(student: Student) -> None:
+    workers = [student.worker() for _ in range(2)]
+    student.turns.teachers_sleep()
+    student.leave()
+    for worker in workers:
+        worker.line()
+        assert worker.line() == "left asleep"
+        assert worker.join() == 0

@@ -91,22 +91,14 @@ def _by_teacher(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 def _fill_bins(groups: Sequence[Sequence[Sample]], budget: int, num_ranks: int) -> list[_Bin]:
     """A multiple of `num_ranks` bins, the costliest first, none of which holds samples of two groups."""
-    fewest = [_fewest_bins(group, budget) for group in groups]
-    per_rank = math.ceil(sum(fewest) / num_ranks)
+    fewest = [math.ceil(_longer_side(group) / budget) for group in groups]
     while True:
-        counts = _share_out(groups, fewest, per_rank * num_ranks)
+        counts = _share_out(groups, fewest, math.ceil(sum(fewest) / num_ranks) * num_ranks)
         filled = [_balanced(group, count) for group, count in zip(groups, counts, strict=True)]
-        if all(_fits(chosen, budget) for bins in filled for chosen in bins):
+        overfull = [any(_longer_side(chosen) > budget for chosen in bins) for bins in filled]
+        if not any(overfull):
             return list(heapq.merge(*filled, key=_cost, reverse=True))
-        per_rank += 1
-
-
-def _fewest_bins(samples: Sequence[Sample], budget: int) -> int:
-    most = max(sum(len(s) for s in samples), sum(len(s.for_teacher()) for s in samples))
-    count = math.ceil(most / budget)
-    while not all(_fits(chosen, budget) for chosen in _balanced(samples, count)):
-        count += 1
-    return count
+        fewest = [n + 1 if over else low for over, n, low in zip(overfull, counts, fewest, strict=True)]
 
 
 def _share_out(groups: Sequence[Sequence[Sample]], fewest: Sequence[int], total: int) -> list[int]:
@@ -128,8 +120,9 @@ def _cost(samples: Sequence[Sample]) -> float:
     return sum(step_cost(len(s)) for s in samples)
 
 
-def _fits(samples: Sequence[Sample], budget: int) -> bool:
-    return sum(len(s) for s in samples) <= budget and sum(len(s.for_teacher()) for s in samples) <= budget
+def _longer_side(samples: Sequence[Sample]) -> int:
+    """Tokens, the student's or the teacher's."""
+    return max(sum(len(s) for s in samples), sum(len(s.for_teacher()) for s in samples))
 
 
 def training_steps(

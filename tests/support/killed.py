@@ -57,7 +57,7 @@ def _run_to_its_end(config_file: str, *, resume: bool) -> None:
 
 
 def _start(config_file: str, *, resume: bool) -> list[int]:
-    """A run of one rank as the launcher makes it, with its teachers; several ranks as torch elastic would start them."""
+    """A run of one rank as the launcher makes it, with its teachers; several ranks as torch elastic would."""
     from kdflow.config import load_config
     from kdflow.launcher.local import run
     from kdflow.launcher.prepare import open_output

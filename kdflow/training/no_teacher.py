@@ -1,4 +1,4 @@
-"""The source of hidden states of a run that has no teacher."""
+"""The source of hidden states of a run that has no teacher, or whose student computes them itself."""
 
 from __future__ import annotations
 

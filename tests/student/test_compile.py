@@ -18,7 +18,7 @@ from support.student import Rows, load_samples, make_student, whole
 
 
 def train(folder: Path, options: dict[str, Any]):
-    """Steps that differ in numbers, lengths and sum of samples; (losses, the first gradient, graphs after each step)."""
+    """Steps that differ in numbers, lengths and sum of samples; (losses, first gradient, graphs after each step)."""
     student, rows = make_student(str(folder / "student"), str(folder / "teacher"), **options), Rows(folder)
     losses, gradients, graphs = [], {}, []
     for step in training_steps(

@@ -52,6 +52,15 @@ def run_straight_and_killed(straight: str, killed: str, num_kills: int, seed: in
     say(json.dumps(num_half_written))
 
 
+def run_to_their_ends(*config_files: str) -> None:
+    """Runs one after another, each in a process of its own."""
+    import torch
+
+    torch.set_num_threads(1)
+    for config_file in config_files:
+        _run_to_its_end(config_file, resume=False)
+
+
 def _run_to_its_end(config_file: str, *, resume: bool) -> None:
     assert not any(_ended(_start(config_file, resume=resume), timeout_s=180.0))
 

@@ -171,7 +171,13 @@ class FSDP2Student:
         return self.module.model
 
     def forward_backward(
-        self, microbatch: Microbatch, teacher_rows: TeacherRows, *, num_items: float, last: bool
+        self,
+        microbatch: Microbatch,
+        teacher_rows: TeacherRows,
+        *,
+        num_items: float,
+        last: bool,
+        release: Callable[[], None] = lambda: None,
     ) -> KDLossOutput:
         """Adds the microbatch's gradient.
 
@@ -179,12 +185,15 @@ class FSDP2Student:
             teacher_rows: called once the student's own hidden states exist; gives (N, Ht).
             num_items: loss tokens of the whole step, over all ranks and microbatches.
             last: the step's last microbatch; gradients are reduced with it alone.
+            release: called between forward and backward: the loss has formed its gradients by then, and the teacher's
+                rows are not needed any more.
         """
         if self._copies is None:
             cast(FSDPModule, self.module).set_requires_gradient_sync(last)
         with self._computing():
             # FSDP averages gradients over ranks; the sum over ranks is wanted.
             output = self.module(microbatch, teacher_rows, num_items / self.num_ranks, True)
+            release()
             output.loss.backward()
         return output
 

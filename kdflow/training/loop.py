@@ -30,7 +30,13 @@ class Student(Protocol):
     num_ranks: int
 
     def forward_backward(
-        self, microbatch: Microbatch, teacher_rows: TeacherRows, *, num_items: float, last: bool
+        self,
+        microbatch: Microbatch,
+        teacher_rows: TeacherRows,
+        *,
+        num_items: float,
+        last: bool,
+        release: Callable[[], None],
     ) -> KDLossOutput: ...
 
     def optimizer_step(self, index: int, accept: Callable[[torch.Tensor], bool]) -> tuple[torch.Tensor, float]: ...
@@ -48,6 +54,8 @@ class HiddenRows(Protocol):
     def prefill_s(self) -> float: ...
 
     def tensor(self) -> torch.Tensor: ...
+
+    def release(self) -> None: ...
 
     def __enter__(self) -> HiddenRows: ...
 
@@ -192,6 +200,7 @@ class Trainer:
                     teacher_rows,
                     num_items=step.num_loss_tokens,
                     last=microbatch is step.microbatches[-1],
+                    release=pending.release,
                 )
                 self._trace.phase("metrics")
                 totals.add(output, microbatch.teacher_name, prefill_s=pending.prefill_s, wait=teacher_rows)

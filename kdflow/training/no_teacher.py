@@ -29,6 +29,9 @@ class NoRows:
     def tensor(self) -> torch.Tensor:
         return torch.empty(self.microbatch.num_loss_tokens, 0)
 
+    def release(self) -> None:
+        pass
+
     def __enter__(self) -> NoRows:
         return self
 

@@ -78,7 +78,7 @@ test-native: $(VENV)/.kdflow-base ## the C++ tests under ASan+UBSan and under TS
 	  ctest --test-dir $$folder --output-on-failure
 	done
 
-soak: $(VENV)/.kdflow-test ## twenty kills of each kind of run, then ten minutes of kills on the ring
+soak: $(VENV)/.kdflow-test ## tests of minutes (pytest -m soak), then ten minutes of kills on the ring
 	cd $(ROOT)
 	$(BIN)/python -m pytest -n $(JOBS) -m soak
 	$(BIN)/python tests/transport/soak.py --minutes 10

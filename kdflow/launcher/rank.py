@@ -136,10 +136,6 @@ def run_rank(
         num_steps_done = found.num_steps_done if found else 0
         before_training()
         trace = stack.enter_context(open_trace(config.profile, folder, "student", rank, device, host_is_ahead=True))
-        # The loss is the end of the module's forward: only a hook sees where it ends.
-        student.module.register_forward_hook(
-            lambda module, *_: trace.phase("backward" if module.training else "metrics")
-        )
         trainer = Trainer(
             student,
             _attach(spec.rings, config, rank, device, stack) if spec.rings else NoTeacher(),

@@ -78,8 +78,9 @@ test-native: $(VENV)/.kdflow-base ## the C++ tests under ASan+UBSan and under TS
 	  ctest --test-dir $$folder --output-on-failure
 	done
 
-soak: $(VENV)/.kdflow-test ## ten minutes of producers, consumers and kills on the ring
+soak: $(VENV)/.kdflow-test ## tests of minutes (pytest -m soak), then ten minutes of kills on the ring
 	cd $(ROOT)
+	$(BIN)/python -m pytest -n $(JOBS) -m soak
 	$(BIN)/python tests/transport/soak.py --minutes 10
 
 gpu: $(VENV)/.kdflow-test ## what one GPU can tell: build, tests, benches, verdict; GPU_ARGS="--quick"

@@ -26,8 +26,9 @@ class TeacherConfig:
     """The model whose last hidden states are handed over.
 
     Args:
-        model: Local folder or hub id; algorithms that learn from text alone (sft) need none.
-        backend: Engine that prefills: a registered name.
+        model: Local folder or hub id; algorithms that learn from text alone (sft) and backend base need none.
+        backend: Engine that prefills: a registered name. Or base: the student's own frozen base, without its adapters
+            and without a process of its own (self-distillation; needs student.lora).
         dtype: Of weights and hidden states; auto is bfloat16 where the device computes in it, else float32.
         device: Where the teacher runs; auto takes a GPU if there is one.
         num_workers: Teacher processes; they share the requests.
@@ -49,6 +50,11 @@ class TeacherConfig:
     engine_args: dict[str, Any] = field(default_factory=dict)
     max_restarts: int = 2
     check_every: int = 0
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the student computes the teacher's hidden states itself."""
+        return self.backend == "base"
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,8 @@ class StudentConfig:
             what lies between its matrix products and attention (selective).
         cpu_offload: Weights, gradients and optimizer state stay in host memory, and the optimizer steps there.
         compile: torch.compile for each layer.
+        router_aux_loss_coef: Weight of the load-balancing loss of a student with experts; "model" takes that of its
+            config, 0 leaves the loss out.
         lora: Adapters on a frozen student in place of training all of it.
     """
 
@@ -98,6 +106,7 @@ class StudentConfig:
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     cpu_offload: bool = False
     compile: bool = False
+    router_aux_loss_coef: float | Literal["model"] = 0.0
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -360,6 +369,19 @@ class RunConfig:
             _check(name, part := _get(self, name), 0 <= part <= 1, "between 0 and 1")
         ranks, replicas = self.student.num_ranks, self.student.replicate
         _check("student.replicate", replicas, ranks % replicas == 0, f"a divisor of the {ranks} ranks")
+        if self.teacher.is_base:
+            _check(
+                "teacher.backend base: student.lora.rank",
+                self.student.lora.rank,
+                self.student.lora.rank > 0,
+                "more than 0",
+            )
+            _check(
+                "teacher.backend base: teacher.model",
+                self.teacher.model,
+                self.teacher.model in ("", self.student.model),
+                "nothing, as the teacher is student.model",
+            )
         _check_data(self.data)
         _check_teachers(self)
         if self.training.keep_best and self.data.num_eval_samples == 0:
@@ -398,6 +420,8 @@ def _check_teachers(config: RunConfig) -> None:
     for name, teacher in config.named_teachers().items():
         if not re.fullmatch(r"[\w-]*", name):
             raise ConfigError(f"teachers: expected names of letters, digits, _ and -, got {name!r}")
+        if config.teachers and teacher.is_base:
+            raise ConfigError(f"teachers.{name}.backend: base is not one of several teachers; give it as `teacher`")
         if config.teachers and not teacher.model:
             raise ConfigError(f"teachers.{name}.model: expected a folder or hub id, got nothing")
         for option, low in at_least.items():

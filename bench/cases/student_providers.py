@@ -158,6 +158,9 @@ class _StoredRows:
     def tensor(self) -> torch.Tensor:
         return self._rows
 
+    def release(self) -> None:
+        pass
+
     def __enter__(self) -> _StoredRows:
         return self
 

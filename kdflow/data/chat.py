@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -122,17 +123,21 @@ class ChatTokenizer:
 
     def tokenize(self, chats: Sequence[Chat], sample_ids: Sequence[int]) -> list[Sample]:
         """Samples of rendered conversations, all at once: the tokenizer has threads of its own."""
-        encoded = self._tokenizer([chat.text for chat in chats], add_special_tokens=False, return_offsets_mapping=True)
+        # Straight to the engine: transformers would first make lists of five more fields of each token.
+        engine = self._tokenizer.backend_tokenizer
+        engine.no_truncation()
+        engine.no_padding()
         samples = []
-        for chat, ids, offsets, sample_id in zip(
-            chats, encoded["input_ids"], encoded["offset_mapping"], sample_ids, strict=True
+        for chat, encoding, sample_id in zip(
+            chats, engine.encode_batch([chat.text for chat in chats], add_special_tokens=False), sample_ids, strict=True
         ):
-            starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+            offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(encoding))
+            starts, ends = offsets.reshape(-1, 2).T
             loss_mask = np.zeros(len(starts), dtype=bool)
             for begin, end in chat.spans:
                 loss_mask |= (starts >= begin) & (ends <= end) & (ends > starts)
             loss_mask[:1] = False  # nothing comes before it that could predict it
-            samples.append(Sample(np.asarray(ids, dtype=np.int32), loss_mask, sample_id))
+            samples.append(Sample(np.asarray(encoding.ids, dtype=np.int32), loss_mask, sample_id))
         return samples
 
     def _render(

@@ -40,7 +40,7 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
         # Entered first: the processes have ended when it merges what they wrote.
         stack.enter_context(merged_timeline(config.profile, folder / FOLDER, config.transport.num_slots))
         rings, teachers = None, []
-        if prepared.uses_teacher:
+        if prepared.starts_teachers:
             rings, teachers = _start_teachers(prepared, folder, say, stack)
 
         def wait_for_teachers() -> None:

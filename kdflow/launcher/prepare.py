@@ -29,7 +29,7 @@ class Prepared:
         uses_teacher: whether the algorithm needs their hidden states.
         tokenizer: the student's.
         train, held_out: tokenised.
-        slot_bytes: room for the hidden states of the largest microbatch of the widest teacher; 0 where none is used.
+        slot_bytes: room for the hidden states of the largest microbatch of the widest teacher; 0 where none is started.
     """
 
     config: RunConfig
@@ -40,6 +40,11 @@ class Prepared:
     held_out: Dataset | None
     slot_bytes: int
 
+    @property
+    def starts_teachers(self) -> bool:
+        """Whether there are teachers with processes of their own."""
+        return self.uses_teacher and not self.config.teacher.is_base
+
 
 def prepare(config: RunConfig) -> Prepared:
     """Checks names, models, vocabularies and data, and tokenises.
@@ -49,23 +54,29 @@ def prepare(config: RunConfig) -> Prepared:
     """
     teachers = config.named_teachers()
     for teacher in teachers.values():
-        TEACHERS.get(teacher.backend)
+        if not teacher.is_base:
+            TEACHERS.get(teacher.backend)
     make_algorithm = ALGORITHMS.get(config.algorithm.name)
     uses_teacher = make_algorithm.uses_teacher
-    if uses_teacher and not all(teacher.model for teacher in teachers.values()):
+    if uses_teacher and not all(teacher.model or teacher.is_base for teacher in teachers.values()):
         raise ConfigError(
             f"teacher.model: algorithm {config.algorithm.name} learns from a teacher, and none is given; name its "
             "folder or hub id (algorithm sft learns from text alone)"
         )
     student_tokenizer, student = _model_info(config.student.model)
+
+    def teacher_info(name: str, teacher: TeacherConfig) -> ModelInfo | None:
+        if not uses_teacher:
+            return None
+        return student if teacher.is_base else _teacher_info(name, teacher)
+
     algorithms = {
-        name: make_algorithm(
-            config.algorithm, student=student, teacher=_teacher_info(name, teacher) if uses_teacher else None
-        )
+        name: make_algorithm(config.algorithm, student=student, teacher=teacher_info(name, teacher))
         for name, teacher in teachers.items()
     }
     train, held_out = load_datasets(config.data, student_tokenizer, config.seed, tuple(teachers))
-    row_bytes = max(map(_row_bytes, teachers.values())) if uses_teacher else 0
+    started = [teacher for teacher in teachers.values() if uses_teacher and not teacher.is_base]
+    row_bytes = max(map(_row_bytes, started), default=0)
     return Prepared(
         config=config,
         algorithms=algorithms,

@@ -136,10 +136,6 @@ def run_rank(
         num_steps_done = found.num_steps_done if found else 0
         before_training()
         trace = stack.enter_context(open_trace(config.profile, folder, "student", rank, device, host_is_ahead=True))
-        # The loss is the end of the module's forward: only a hook sees where it ends.
-        student.module.register_forward_hook(
-            lambda module, *_: trace.phase("backward" if module.training else "metrics")
-        )
         trainer = Trainer(
             student,
             _attach(spec.rings, config, rank, device, stack) if spec.rings else NoTeacher(),
@@ -169,16 +165,19 @@ def run_rank(
 def _load_student(prepared: Prepared, device: torch.device) -> FSDP2Student:
     config = prepared.config
 
-    def head(teacher: TeacherConfig) -> LMHead:
+    def head(teacher: TeacherConfig) -> LMHead | None:
         if not prepared.uses_teacher:
-            return LMHead(torch.empty(0, 0))
-        return load_lm_head(teacher.model, resolve_dtype(teacher.dtype, resolve_device(teacher.device)))
+            return LMHead(torch.empty(0, 0)).to(device)
+        if teacher.is_base:
+            return None
+        dtype = resolve_dtype(teacher.dtype, resolve_device(teacher.device))
+        return load_lm_head(teacher.model, dtype).to(device)
 
     return FSDP2Student(
         config.student,
         config.optimizer,
         algorithms=prepared.algorithms,
-        teacher_heads={name: head(teacher).to(device) for name, teacher in config.named_teachers().items()},
+        teacher_heads={name: head(teacher) for name, teacher in config.named_teachers().items()},
         device=device,
         num_steps=config.training.num_steps,
     )

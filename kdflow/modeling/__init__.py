@@ -1,7 +1,7 @@
 """What teacher and student share about Hugging Face models: loading, packed attention, heads."""
 
 from kdflow.modeling.attention import PACKED_ATTENTION
-from kdflow.modeling.decoder import forward_hidden_states, head_options
+from kdflow.modeling.decoder import forward_decoder, forward_hidden_states, head_options
 from kdflow.modeling.loading import (
     empty_causal_lm,
     hide_progress_bars,
@@ -18,6 +18,7 @@ from kdflow.modeling.prune import prune_layers
 __all__ = [
     "PACKED_ATTENTION",
     "empty_causal_lm",
+    "forward_decoder",
     "forward_hidden_states",
     "head_options",
     "hide_progress_bars",

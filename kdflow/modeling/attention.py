@@ -9,6 +9,7 @@ Shapes: 1 batch, Q query heads, K key heads, T packed tokens, D head size, B sam
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,13 @@ from transformers import AttentionInterface
 from kdflow.modeling.placement import to_device
 
 PACKED_ATTENTION = "kdflow_packed"
+
+
+@dataclass(frozen=True)
+class SequenceLengths:
+    """Lengths of packed samples. An object, because torch.compile would compile a layer anew for each other tuple."""
+
+    each: tuple[int, ...]
 
 
 def packed_options(sequence_lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
@@ -32,7 +40,7 @@ def packed_options(sequence_lengths: Sequence[int], device: torch.device) -> dic
     ends = np.cumsum((0, *sequence_lengths), dtype=np.int32)
     cu_seqlens, longest = to_device(ends, device), max(sequence_lengths)
     return {
-        "sequence_lengths": tuple(sequence_lengths),
+        "sequence_lengths": SequenceLengths(tuple(sequence_lengths)),
         "cu_seq_lens_q": cu_seqlens,
         "cu_seq_lens_k": cu_seqlens,
         "max_length_q": longest,
@@ -40,6 +48,7 @@ def packed_options(sequence_lengths: Sequence[int], device: torch.device) -> dic
     }
 
 
+@torch.compiler.disable  # each number of samples would be another graph, and there is nothing here to be fused
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -47,7 +56,7 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    sequence_lengths: Sequence[int],
+    sequence_lengths: SequenceLengths,
     cu_seq_lens_q: torch.Tensor,
     max_length_q: int,
     scaling: float | None = None,
@@ -80,7 +89,8 @@ def packed_attention(
             "packed attention does not support that"
         )
     assert attention_mask is None
-    assert sum(sequence_lengths) == query.shape[2]
+    lengths = sequence_lengths.each
+    assert sum(lengths) == query.shape[2]
     if sliding_window is not None and sliding_window >= max_length_q:
         sliding_window = None
     if _flash_takes(query):
@@ -104,9 +114,9 @@ def packed_attention(
         return output[None], None
     outputs = []
     for q, k, v in zip(
-        query.split(tuple(sequence_lengths), dim=2),
-        key.split(tuple(sequence_lengths), dim=2),
-        value.split(tuple(sequence_lengths), dim=2),
+        query.split(lengths, dim=2),
+        key.split(lengths, dim=2),
+        value.split(lengths, dim=2),
         strict=True,
     ):
         length = q.shape[2]

@@ -29,13 +29,24 @@ def forward_hidden_states(
     Returns:
         (T, H) in the model's dtype.
     """
-    output = decoder(
+    return forward_decoder(decoder, input_ids, position_ids, sequence_lengths).last_hidden_state[0]
+
+
+def forward_decoder(
+    decoder: Any,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    sequence_lengths: Sequence[int],
+    **options: Any,
+) -> Any:
+    """The same with all that the decoder tells when it is asked by further `options` of its forward."""
+    return decoder(
         input_ids=input_ids[None],
         position_ids=position_ids[None],
         use_cache=False,
         **packed_options(sequence_lengths, input_ids.device),
+        **options,
     )
-    return output.last_hidden_state[0]
 
 
 def head_options(config: Any) -> tuple[float, float | None]:

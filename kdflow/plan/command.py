@@ -60,6 +60,8 @@ def plan_of(config: RunConfig, options: argparse.Namespace) -> Plan:
         ConfigError, DataError: an option or a model that cannot be, data that cannot be read.
     """
     _check(options)
+    if config.teacher.is_base:
+        raise ConfigError("teacher.backend: base has no process of its own, so there is no overlap to be planned")
     if not all(teacher.model for teacher in config.named_teachers().values()):
         raise ConfigError("teacher.model: a plan is one of teacher and student, and no teacher is given; name one")
     rates = load_rates(options.rates)

@@ -137,19 +137,20 @@ class _Simulation:
         self._waiting: dict[tuple[int, int], float] = {}
         self._at = 0  # the microbatch under way
         self._left = 0  # ranks still in it
+        self._unread = 0  # ranks whose slot it still holds
         self.student_s = self.wait_s = 0.0
         self.prefill_s = dict.fromkeys(schedule.teacher_devices, 0.0)
         self.step_ends: list[tuple[float, ...]] = []
         self._note_end()
 
     def run(self) -> None:
-        self._ask()
+        self._ask(0)
         self._begin()
         self._clock.run()
 
-    def _ask(self) -> None:
+    def _ask(self, num_read: int) -> None:
         """All ranks at once, so their requests take turns."""
-        end = min(self._at + self._schedule.num_slots, len(self._work))
+        end = min(num_read + self._schedule.num_slots, len(self._work))
         for index in range(self._asked, end):
             for rank in range(self._num_ranks):
                 self._queues[self._work[index][rank].teacher].append((rank, index))
@@ -184,7 +185,7 @@ class _Simulation:
     def _begin(self) -> None:
         if self._at == len(self._work):
             return
-        self._left = self._num_ranks
+        self._left = self._unread = self._num_ranks
         for rank in range(self._num_ranks):
             self._compute(rank, self._work[self._at][rank].forward_s, lambda rank=rank: self._rows(rank))
 
@@ -206,7 +207,15 @@ class _Simulation:
 
     def _rest(self, rank: int, index: int) -> None:
         costs = self._work[index][rank]
-        self._compute(rank, costs.loss_s + costs.backward_s, self._meet)
+
+        def read() -> None:
+            """The loss has formed its gradients; the slot is free."""
+            self._unread -= 1
+            if not self._unread:
+                self._ask(index + 1)
+            self._compute(rank, costs.backward_s, self._meet)
+
+        self._compute(rank, costs.loss_s, read)
 
     def _meet(self) -> None:
         """The last rank ends the microbatch, and with it a step's last one the step."""
@@ -228,7 +237,6 @@ class _Simulation:
 
     def _next(self) -> None:
         self._at += 1
-        self._ask()
         self._begin()
 
 

@@ -20,15 +20,16 @@ from kdflow.algorithms import Algorithm
 from kdflow.config import OptimizerConfig, StudentConfig
 from kdflow.modeling import (
     empty_causal_lm,
-    forward_hidden_states,
+    forward_decoder,
     head_options,
     load_causal_lm,
     resolve_dtype,
     to_device,
 )
-from kdflow.student.lora import add_lora, check_quantization, quantization_options
+from kdflow.student.lora import add_lora, check_quantization, quantization_options, without_adapters
 from kdflow.student.mixed_precision import LowPrecisionCopies
 from kdflow.student.optimizer import adamw, lr_factor
+from kdflow.student.router import router_loss, router_weight
 from kdflow.student.rows import RowsToDevice, TeacherRows
 from kdflow.student.sharding import decoder_layers, fill_from_first_rank, make_mesh, shard, wrap_layers
 from kdflow.types import LMHead, LossRows, Microbatch
@@ -46,11 +47,13 @@ class _StudentModule(torch.nn.Module):
         self,
         model: Any,
         algorithms: Mapping[str, Algorithm],
-        teacher_heads: Mapping[str, LMHead],
+        teacher_heads: Mapping[str, LMHead | None],
         device: torch.device,
+        router_weight: float,
     ) -> None:
         super().__init__()
         self.model = model
+        self._router_weight = router_weight
         self._algorithms = algorithms
         self._teacher_heads = teacher_heads
         self._rows_to_device = RowsToDevice(device)
@@ -63,24 +66,49 @@ class _StudentModule(torch.nn.Module):
         num_items: float,
         training: bool,
     ) -> KDLossOutput:
-        head = self.model.get_output_embeddings()
-        device = head.weight.device
-        hidden = forward_hidden_states(
+        own_head = self.model.get_output_embeddings()
+        head = LMHead(own_head.weight, own_head.bias, self._logit_scale, self._softcap)
+        teacher_head = self._teacher_heads[microbatch.teacher_name]
+        if teacher_head is None:
+            teacher = LossRows(self._base_rows(microbatch.for_teacher()), head)
+        balances = training and self._router_weight > 0.0
+        rows, told = self._loss_rows(microbatch, **({"output_router_logits": True} if balances else {}))
+        student = LossRows(rows, head)
+        if teacher_head is not None:
+            teacher = LossRows(self._rows_to_device(teacher_rows), teacher_head)
+        labels = to_device(microbatch.shift_labels(), head.weight.device)
+        algorithm = self._algorithms[microbatch.teacher_name]
+        compute = algorithm.loss if training else algorithm.evaluate
+        output = compute(student, teacher, labels, num_items=num_items)
+        if not balances:
+            return output
+        # No sum over tokens, so a microbatch's own value counts by its part of the step's loss tokens.
+        num_chosen = self.model.config.get_text_config().num_experts_per_tok
+        part = self._router_weight * microbatch.num_loss_tokens / num_items
+        return output._replace(loss=output.loss + part * router_loss(told.router_logits, num_chosen))
+
+    def _loss_rows(self, microbatch: Microbatch, **options: Any) -> tuple[torch.Tensor, Any]:
+        """(N, H) hidden states of the rows that enter the loss, and all that the decoder told."""
+        device = self.model.get_output_embeddings().weight.device
+        told = forward_decoder(
             self.model.base_model,
             to_device(microbatch.input_ids, device).long(),
             to_device(microbatch.position_ids(), device),
             microbatch.sequence_lengths,
+            **options,
         )
         rows = to_device(microbatch.loss_rows, device).long()
-        student = LossRows(
-            hidden.index_select(0, rows),
-            LMHead(head.weight, head.bias, self._logit_scale, self._softcap),
-        )
-        teacher = LossRows(self._rows_to_device(teacher_rows), self._teacher_heads[microbatch.teacher_name])
-        labels = to_device(microbatch.shift_labels(), device)
-        algorithm = self._algorithms[microbatch.teacher_name]
-        compute = algorithm.loss if training else algorithm.evaluate
-        return compute(student, teacher, labels, num_items=num_items)
+        return told.last_hidden_state[0].index_select(0, rows), told
+
+    @torch.no_grad()
+    def _base_rows(self, microbatch: Microbatch) -> torch.Tensor:
+        """Of the frozen base, as a teacher computes them: no adapters, no dropout."""
+        training = self.model.training
+        self.model.eval()
+        with without_adapters(self.model):
+            rows, _ = self._loss_rows(microbatch)
+        self.model.train(training)
+        return rows
 
 
 class FSDP2Student:
@@ -90,7 +118,8 @@ class FSDP2Student:
         config: which model and how it computes.
         optimizer: AdamW and its schedule.
         algorithms: the loss with each teacher, by its name.
-        teacher_heads: by the same names, on `device`, in the teacher's dtype.
+        teacher_heads: by the same names, on `device`, in the teacher's dtype; None is the student's frozen base, for
+            which nobody is asked for teacher rows. Then it is the one teacher: all ranks compute its rows together.
         device: of this rank.
         num_steps: where the schedule ends.
 
@@ -104,7 +133,7 @@ class FSDP2Student:
         optimizer: OptimizerConfig,
         *,
         algorithms: Mapping[str, Algorithm],
-        teacher_heads: Mapping[str, LMHead],
+        teacher_heads: Mapping[str, LMHead | None],
         device: torch.device,
         num_steps: int,
     ) -> None:
@@ -116,7 +145,9 @@ class FSDP2Student:
         model: Any = source if whole else _shell(config, compute_dtype)
         layers = decoder_layers(model)
         wrap_layers(layers, config)
-        self.module = _StudentModule(model.train(), algorithms, teacher_heads, device)
+        self.module = _StudentModule(
+            model.train(), algorithms, teacher_heads, device, router_weight(config, model.config)
+        )
         self._copies = None
         if whole and not config.cpu_offload:
             # FSDP would have nothing to shard, and copy every weight and gradient several times.
@@ -140,7 +171,13 @@ class FSDP2Student:
         return self.module.model
 
     def forward_backward(
-        self, microbatch: Microbatch, teacher_rows: TeacherRows, *, num_items: float, last: bool
+        self,
+        microbatch: Microbatch,
+        teacher_rows: TeacherRows,
+        *,
+        num_items: float,
+        last: bool,
+        release: Callable[[], None] = lambda: None,
     ) -> KDLossOutput:
         """Adds the microbatch's gradient.
 
@@ -148,12 +185,15 @@ class FSDP2Student:
             teacher_rows: called once the student's own hidden states exist; gives (N, Ht).
             num_items: loss tokens of the whole step, over all ranks and microbatches.
             last: the step's last microbatch; gradients are reduced with it alone.
+            release: called between forward and backward: the loss has formed its gradients by then, and the teacher's
+                rows are not needed any more.
         """
         if self._copies is None:
             cast(FSDPModule, self.module).set_requires_gradient_sync(last)
         with self._computing():
             # FSDP averages gradients over ranks; the sum over ranks is wanted.
             output = self.module(microbatch, teacher_rows, num_items / self.num_ranks, True)
+            release()
             output.loss.backward()
         return output
 

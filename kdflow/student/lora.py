@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,21 @@ def quantization_options(config: StudentConfig, device: torch.device, compute_dt
 
 def has_lora(model: Any) -> bool:
     return _ADAPTER in getattr(model, "peft_config", {})
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """The base alone. peft's own switch also sets `requires_grad`, which is not to change once FSDP has the weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def lora_scaling(model: Any) -> float:

@@ -47,13 +47,13 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
 def wrap_layers(layers: torch.nn.ModuleList, config: StudentConfig) -> None:
     """Activation checkpointing and compilation, layer by layer."""
     for index, layer in enumerate(layers):
+        if config.compile:  # what hooks and wrappers add around it stays as it is
+            layer.forward = torch.compile(layer.forward, dynamic=True)
         if config.activation_checkpointing == "full":
             layer = layers[index] = checkpoint_wrapper(layer)
         elif config.activation_checkpointing == "selective":
             contexts = partial(create_selective_checkpoint_contexts, _keep_products)
             layer = layers[index] = checkpoint_wrapper(layer, context_fn=contexts)
-        if config.compile:
-            layer.compile(dynamic=True)
 
 
 def _keep_products(context: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:

@@ -86,7 +86,7 @@ def ring_spans(spans: list[Span], num_slots: int) -> list[Span]:
     found: list[Span] = []
     host = [s for s in spans if s.role == "student" and s.track == "host"]
     received = {_record(s): s.end_ns for s in host if s.name == "receive wait"}
-    released = {_record(s): s.end_ns for s in host if s.name == "microbatch"}
+    released = {_record(s): s.start_ns for s in host if s.name == "release"}
     for (rank, ticket), end in released.items():
         key = (rank, ticket)
         if not (key in reserved and key in published and key in received):

@@ -30,7 +30,13 @@ class Student(Protocol):
     num_ranks: int
 
     def forward_backward(
-        self, microbatch: Microbatch, teacher_rows: TeacherRows, *, num_items: float, last: bool
+        self,
+        microbatch: Microbatch,
+        teacher_rows: TeacherRows,
+        *,
+        num_items: float,
+        last: bool,
+        release: Callable[[], None],
     ) -> KDLossOutput: ...
 
     def optimizer_step(self, index: int, accept: Callable[[torch.Tensor], bool]) -> tuple[torch.Tensor, float]: ...
@@ -48,6 +54,8 @@ class HiddenRows(Protocol):
     def prefill_s(self) -> float: ...
 
     def tensor(self) -> torch.Tensor: ...
+
+    def release(self) -> None: ...
 
     def __enter__(self) -> HiddenRows: ...
 
@@ -94,7 +102,7 @@ class Trainer:
         checkpoints: told when to save.
         max_skipped_steps: how many steps of the run may be dropped because their numbers are not finite.
         stop_requested: asked after each step; any rank's yes stops all.
-        trace: gets the phases of each step; the student itself says where backward begins.
+        trace: gets the phases of each step.
     """
 
     def __init__(
@@ -166,14 +174,13 @@ class Trainer:
 
     @contextmanager
     def _next(self, rows: Iterator[HiddenRows], microbatch: Microbatch) -> Iterator[HiddenRows]:
-        """The teacher rows of `microbatch`; their slot is given back at the end."""
+        """The teacher rows of `microbatch`; their slot is given back at the end, if it was not before."""
         with self._trace.span("microbatch", ticket=self._num_microbatches_done, tokens=microbatch.num_tokens):
             self._trace.phase("request")
             with next(rows) as pending:
                 assert pending.microbatch is microbatch
                 self._trace.phase("forward")
                 yield pending
-                self._trace.phase("release")
         self._num_microbatches_done += 1
 
     def _received(self, pending: HiddenRows) -> torch.Tensor:
@@ -181,6 +188,11 @@ class Trainer:
         tensor = pending.tensor()
         self._trace.phase("loss")
         return tensor
+
+    def _release(self, pending: HiddenRows, then: str) -> None:
+        self._trace.phase("release", ticket=self._num_microbatches_done)
+        pending.release()
+        self._trace.phase(then)
 
     def _train(self, step: Step, rows: Iterator[HiddenRows]) -> bool:
         totals = Totals(self._device, step.loss_tokens)
@@ -192,9 +204,10 @@ class Trainer:
                     teacher_rows,
                     num_items=step.num_loss_tokens,
                     last=microbatch is step.microbatches[-1],
+                    release=partial(self._release, pending, "backward"),
                 )
                 self._trace.phase("metrics")
-                totals.add(output, microbatch.teacher_name, prefill_s=pending.prefill_s, wait=teacher_rows)
+                totals.add(output, microbatch, prefill_s=pending.prefill_s, wait=teacher_rows)
         means: Means | None = None
         norm, finite = math.nan, False
 
@@ -224,7 +237,7 @@ class Trainer:
             num_loss_tokens=step.num_loss_tokens,
             step_s=means.seconds,
             student_tokens_per_s=step.num_tokens / means.seconds,
-            teacher_tokens_per_s=step.num_tokens / means.prefill_s if means.prefill_s else 0.0,
+            teacher_tokens_per_s=means.teacher_tokens_per_s,
             teacher_wait_s=means.wait_s,
             num_skipped=self._num_skipped,
             teachers=means.teachers,
@@ -263,7 +276,8 @@ class Trainer:
             with self._next(rows, microbatch) as pending:
                 received = partial(self._received, pending)
                 output = self._student.evaluate(microbatch, received, num_items=evaluation.num_loss_tokens)
-                totals.add(output, microbatch.teacher_name, prefill_s=pending.prefill_s)
+                self._release(pending, "metrics")
+                totals.add(output, microbatch, prefill_s=pending.prefill_s)
         means = totals.reduce(loss_scale=1.0)
         ce_loss = means.values["ce_loss"]
         metrics = EvalMetrics(

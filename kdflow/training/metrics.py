@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from kdflow.types import Microbatch
 from kdflow_kernels import KDLossOutput
 
 
@@ -41,7 +42,8 @@ class StepMetrics:
         student_entropy, teacher_entropy: means over the same tokens, in nats.
         top1_agreement: part of them where both sides' likeliest token is the same.
         student_tokens_per_s: tokens of the step over the time the step took.
-        teacher_tokens_per_s: tokens of the step over the time teachers prefilled for it; 0 without a teacher.
+        teacher_tokens_per_s: tokens that teachers read for the step, with their own context where they have one, over
+            the time that they prefilled for it, summed up over their processes; 0 without a teacher process.
         teacher_wait_s: time in which the student's device stood still for want of hidden states.
         num_skipped: steps so far, this one included, whose loss or gradient was not finite and which moved nothing.
         teachers: of those teachers that the step had tokens for, by name; empty where there is one without a name.
@@ -142,7 +144,7 @@ class Means:
     Attributes:
         values: by name, over all tokens.
         teachers: the same by teacher, of those that have a name.
-        prefill_s: how long teachers prefilled, summed up over ranks.
+        teacher_tokens_per_s: as in StepMetrics.
         wait_s: how long the rank that waited most stood still.
         seconds: since the totals were begun.
         stop: whether any rank wants to stop.
@@ -150,7 +152,7 @@ class Means:
 
     values: Mapping[str, float]
     teachers: Mapping[str, TeacherMetrics]
-    prefill_s: float
+    teacher_tokens_per_s: float
     wait_s: float
     seconds: float
     stop: bool
@@ -171,19 +173,23 @@ class Totals:
         self._loss_tokens = loss_tokens
         self._row = {name: index for index, name in enumerate(loss_tokens)}
         self._values = torch.zeros(len(loss_tokens), len(self._SUMS) + len(self._MEANS), device=device)
-        self._prefill_s = 0.0
+        self._prefill_s, self._num_prefilled = 0.0, 0
         self._waits: list[WaitTimer] = []
         self._start = time.perf_counter()
 
-    def add(self, output: KDLossOutput, teacher_name: str, *, prefill_s: float, wait: WaitTimer | None = None) -> None:
+    def add(
+        self, output: KDLossOutput, microbatch: Microbatch, *, prefill_s: float, wait: WaitTimer | None = None
+    ) -> None:
         """A microbatch whose losses are already divided by the tokens of the whole step."""
         fields = output._asdict()
         sums = [fields[n].detach().float() for n in self._SUMS]
         num_rows = output.num_tokens
         # Means over nothing are undefined.
         means = [torch.where(num_rows > 0, fields[n].float() * num_rows, 0.0) for n in self._MEANS]
-        self._values[self._row[teacher_name]] += torch.stack(sums + means)
+        self._values[self._row[microbatch.teacher_name]] += torch.stack(sums + means)
         self._prefill_s += prefill_s
+        if microbatch.num_loss_tokens:  # others no teacher reads
+            self._num_prefilled += microbatch.for_teacher().num_tokens
         if wait is not None:
             self._waits.append(wait)
 
@@ -194,10 +200,10 @@ class Totals:
             loss_scale: what the losses' sum over ranks is multiplied by.
             stop: whether this rank wants to.
         """
-        times = torch.tensor([self._prefill_s, float(stop)], device=self._values.device)
+        times = torch.tensor([self._prefill_s, self._num_prefilled, float(stop)], device=self._values.device)
         values = torch.cat([self._values.flatten(), times])
         dist.all_reduce(values)
-        *numbers, prefill_s, stops = values.tolist()
+        *numbers, prefill_s, num_prefilled, stops = values.tolist()
         wait_s = torch.tensor([sum(w.seconds() for w in self._waits)], device=values.device)
         dist.all_reduce(wait_s, op=dist.ReduceOp.MAX)
         width = len(self._SUMS) + len(self._MEANS)
@@ -214,7 +220,7 @@ class Totals:
         return Means(
             values=means([sum(column) for column in zip(*rows, strict=True)], num_all),
             teachers=teachers,
-            prefill_s=prefill_s,
+            teacher_tokens_per_s=num_prefilled / prefill_s if prefill_s else 0.0,
             wait_s=wait_s.item(),
             seconds=time.perf_counter() - self._start,
             stop=stops > 0,

@@ -1,4 +1,4 @@
-"""The source of hidden states of a run that has no teacher."""
+"""The source of hidden states of a run that has no teacher, or whose student computes them itself."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ class NoRows:
 
     def tensor(self) -> torch.Tensor:
         return torch.empty(self.microbatch.num_loss_tokens, 0)
+
+    def release(self) -> None:
+        pass
 
     def __enter__(self) -> NoRows:
         return self

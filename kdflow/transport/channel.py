@@ -92,13 +92,19 @@ class PendingRows:
 
     waited_s = 0.0
 
-    def __init__(self, microbatch: Microbatch, receive: Callable[[], ReadSlot]) -> None:
+    def __init__(
+        self,
+        microbatch: Microbatch,
+        receive: Callable[[], ReadSlot],
+        on_release: Callable[[], None],
+    ) -> None:
         self.microbatch = microbatch
         self._receive = receive
+        self._on_release = on_release
         self._slot: ReadSlot | None = None
 
     def tensor(self) -> torch.Tensor:
-        """(N, H) view into the ring, valid until the block ends; the first call waits for it.
+        """(N, H) view into the ring, valid until `release` or the block's end; the first call waits for it.
 
         From a CudaRing it is on the ring's device, complete, for use on the current stream.
 
@@ -116,6 +122,11 @@ class PendingRows:
     def prefill_s(self) -> float:
         """How long the teacher worked on it, seconds."""
         return self._received().tag * 1e-9
+
+    def release(self) -> None:
+        """Frees the slot before the block ends, and asks for what comes next."""
+        self._received().release()
+        self._on_release()
 
     def _received(self) -> ReadSlot:
         if self._slot is None:
@@ -165,14 +176,21 @@ class HiddenStatesClient:
     def prefetch(self, microbatches: Iterable[Microbatch]) -> Iterator[PendingRows]:
         """Yields the microbatches in order, with requests for the next ones already sent.
 
-        Each must be released (leave its `with` block) before the next is taken.
+        Each must be released (or leave its `with` block) before the next is taken.
         """
-        pending: deque[PendingRows] = deque()
-        for microbatch in microbatches:
-            while pending and not self._hidden.is_free(self._next_ticket):
-                yield pending.popleft()
-            pending.append(self._request(microbatch))
-        yield from pending
+        source, pending = iter(microbatches), deque[PendingRows]()
+
+        def ask() -> None:
+            """For as many as there are free slots, and for one in any case."""
+            while not pending or self._hidden.is_free(self._next_ticket):
+                if (microbatch := next(source, None)) is None:
+                    break
+                pending.append(self._request(microbatch, ask))
+
+        ask()
+        while pending:
+            yield pending.popleft()
+            ask()
 
     @property
     def num_slots(self) -> int:
@@ -181,14 +199,14 @@ class HiddenStatesClient:
 
     def ask(self, microbatches: Sequence[Microbatch]) -> list[PendingRows]:
         """Asks for all of them at once, `num_slots` at most; earlier ones must have been released."""
-        return [self._request(microbatch) for microbatch in microbatches]
+        return [self._request(microbatch, lambda: None) for microbatch in microbatches]
 
-    def _request(self, microbatch: Microbatch) -> PendingRows:
+    def _request(self, microbatch: Microbatch, on_release: Callable[[], None]) -> PendingRows:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         request = PrefillRequest(self._rank, ticket, microbatch.for_teacher())
         requests = self._requests[microbatch.teacher_name]
         requests.send(request.encode(), timeout_s=self._timeout_s)
-        return PendingRows(microbatch, lambda: self._receive(request, requests))
+        return PendingRows(microbatch, lambda: self._receive(request, requests), on_release)
 
     def _receive(self, request: PrefillRequest, requests: RequestRing) -> ReadSlot:
         """The answer; a request that died with its teacher is sent again, for a teacher that lives or comes back."""

@@ -5,7 +5,7 @@ import pytest
 
 from kdflow.data import ChatTokenizer
 from kdflow.errors import DataError
-from support.tiny import make_tokenizer
+from support.tiny import make_conversations, make_tokenizer
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -146,3 +146,21 @@ def test_roles_that_the_template_does_not_know(tokenizer) -> None:
         ChatTokenizer(strict).encode(TURNS, 0)
     narrated = ChatTokenizer(tokenizer).encode([{"role": "narrator", "content": "Once."}, *TURNS[1:3]], 0)
     assert "narrator\nOnce." in tokenizer.decode(narrated.input_ids)
+
+
+def test_many_at_once_are_what_transformers_makes_of_each() -> None:
+    """Real text, whole, although the tokenizer was told before to cut and to pad."""
+    rows = [row["messages"] for row in make_conversations()]
+    tokenizer = make_tokenizer("\n".join(m["content"] for messages in rows for m in messages))
+    chat = ChatTokenizer(tokenizer)
+    rendered = [chat.render(messages) for messages in rows]
+    tokenizer(["a b c d", "a"], truncation=True, max_length=2, padding=True)
+    samples = chat.tokenize(rendered, range(len(rows)))
+    for number, (sample, one) in enumerate(zip(samples, rendered, strict=True)):
+        expected = tokenizer(one.text, add_special_tokens=False, return_offsets_mapping=True)
+        assert sample.sample_id == number
+        assert sample.input_ids.tolist() == expected["input_ids"]
+        ((begin, end),) = one.spans
+        inside = [begin <= start < stop <= end for start, stop in expected["offset_mapping"]]
+        assert sample.loss_mask.tolist() == inside
+        assert any(inside)

@@ -37,10 +37,10 @@ def test_the_slower_side_sets_the_pace() -> None:
     assert slow_teacher.wait == pytest.approx(0.25, abs=0.02)
 
 
-def test_one_slot_makes_both_sides_take_turns() -> None:
-    # The forward's quarter runs while the teacher prefills.
-    turns = simulate(schedule(2.0, 4.0, num_slots=1))
-    assert turns.step_seconds[-1] == pytest.approx(2 * (2.0 + 3.0))
+def test_one_slot_is_held_through_the_loss_alone() -> None:
+    # The teacher prefills during the half of the backward and the quarter of the forward.
+    assert simulate(schedule(3.0, 4.0, num_slots=1)).step_seconds[-1] == pytest.approx(2 * 4.0)
+    assert simulate(schedule(5.0, 4.0, num_slots=1)).step_seconds[-1] == pytest.approx(2 * (1.0 + 5.0))
 
 
 def test_a_shared_device_does_the_sum_of_both() -> None:

@@ -22,7 +22,7 @@ CONFIG = {"ce_weight": 0.3, "temperature": 1.5}
 
 def make_student(
     model: str,
-    teacher: str,
+    teacher: str | None,
     *,
     num_steps: int = 8,
     learning_rate: float = 3e-3,
@@ -34,7 +34,7 @@ def make_student(
         StudentConfig(model, compute_dtype=options.pop("compute_dtype", "float32"), **options),
         OptimizerConfig(learning_rate=learning_rate, warmup_steps=1),
         algorithms={"": ALGORITHMS.get("vanilla")(AlgorithmConfig(**CONFIG), student=info, teacher=info)},
-        teacher_heads={"": load_lm_head(teacher, torch.float32).to(device)},
+        teacher_heads={"": load_lm_head(teacher, torch.float32).to(device) if teacher else None},
         device=device,
         num_steps=num_steps,
     )

@@ -163,7 +163,7 @@ def test_slots_follow_from_both_sides() -> None:
         teacher("wait for slot", 0, 10, 5),
         teacher("publish", 50, 55, 5),
         student("receive wait", 60, 65, 5),
-        student("microbatch", 40, 90, 5),
+        student("release", 90, 91, 5),
         teacher("wait for slot", 60, 70, 6),  # nobody took this one
         teacher("publish", 80, 85, 6),
     ]

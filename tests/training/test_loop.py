@@ -31,6 +31,9 @@ class BadRows:
         rows = self._rows(self.microbatch)
         return rows.fill_(math.nan) if self._bad_sample in self.microbatch.sample_ids else rows
 
+    def release(self) -> None:
+        pass
+
     def __enter__(self) -> BadRows:
         return self
 

@@ -9,6 +9,7 @@ import torch
 
 from kdflow.errors import ConfigError
 from kdflow.modeling.attention import packed_options
+from kdflow.modeling.context import ContextKeys
 
 
 def forward_hidden_states(
@@ -16,6 +17,7 @@ def forward_hidden_states(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
     sequence_lengths: Sequence[int],
+    context: ContextKeys | None = None,
 ) -> torch.Tensor:
     """Last hidden states (after the final norm) of packed samples.
 
@@ -25,6 +27,7 @@ def forward_hidden_states(
         input_ids: (T,) int64.
         position_ids: (T,) int64, counting from 0 in each sample.
         sequence_lengths: lengths of the samples, adding up to T.
+        context: where ids and positions are a rank's part of these samples.
 
     Returns:
         (T, H) in the model's dtype.
@@ -33,7 +36,7 @@ def forward_hidden_states(
         input_ids=input_ids[None],
         position_ids=position_ids[None],
         use_cache=False,
-        **packed_options(sequence_lengths, input_ids.device),
+        **packed_options(sequence_lengths, input_ids.device, context),
     )
     return output.last_hidden_state[0]
 

@@ -86,6 +86,8 @@ class StudentConfig:
             what lies between its matrix products and attention (selective).
         cpu_offload: Weights, gradients and optimizer state stay in host memory, and the optimizer steps there.
         compile: torch.compile for each layer.
+        context_parallel: Ranks that share each microbatch, cut along its tokens; attention gathers keys and values.
+        vocab_parallel: Each rank has its own tokens of both heads, and never a whole one; loss rows are gathered.
         lora: Adapters on a frozen student in place of training all of it.
     """
 
@@ -98,7 +100,14 @@ class StudentConfig:
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     cpu_offload: bool = False
     compile: bool = False
+    context_parallel: int = 1
+    vocab_parallel: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Of ranks that share their microbatches one each."""
+        return self.num_ranks // max(1, self.context_parallel)
 
 
 @dataclass(frozen=True)
@@ -322,11 +331,12 @@ class RunConfig:
             "student.num_ranks": 1,
             "student.num_threads": 0,
             "student.replicate": 1,
+            "student.context_parallel": 1,
             "student.lora.rank": 0,
             "data.num_eval_samples": 0,
             "data.max_length": 2,
             "training.num_steps": 0,
-            "training.samples_per_step": self.student.num_ranks,
+            "training.samples_per_step": self.student.num_data_ranks,
             "training.tokens_per_microbatch": self.data.max_length,
             "training.eval_every": 0,
             "training.save_every": 0,
@@ -356,6 +366,8 @@ class RunConfig:
             _check(name, part := _get(self, name), 0 <= part <= 1, "between 0 and 1")
         ranks, replicas = self.student.num_ranks, self.student.replicate
         _check("student.replicate", replicas, ranks % replicas == 0, f"a divisor of the {ranks} ranks")
+        size = self.student.context_parallel
+        _check("student.context_parallel", size, ranks % size == 0, f"a divisor of the {ranks} ranks")
         _check_data(self.data)
         _check_teachers(self)
         if self.training.keep_best and self.data.num_eval_samples == 0:

@@ -24,13 +24,14 @@ from kdflow.modeling import (
     head_options,
     load_causal_lm,
     resolve_dtype,
-    to_device,
 )
+from kdflow.student.context_parallel import ContextParallel, StudentInput
 from kdflow.student.lora import add_lora, check_quantization, quantization_options
 from kdflow.student.mixed_precision import LowPrecisionCopies
 from kdflow.student.optimizer import adamw, lr_factor
 from kdflow.student.rows import RowsToDevice, TeacherRows
 from kdflow.student.sharding import decoder_layers, fill_from_first_rank, make_mesh, shard, wrap_layers
+from kdflow.student.vocab_parallel import VocabShards
 from kdflow.types import LMHead, LossRows, Microbatch
 from kdflow_kernels import KDLossOutput
 
@@ -38,8 +39,8 @@ from kdflow_kernels import KDLossOutput
 class _StudentModule(torch.nn.Module):
     """The FSDP root: causal LM and loss in one forward.
 
-    Ranks may have another teacher each in the same forward: heads are plain tensors, whole on every rank, and the loss
-    speaks with no other rank.
+    Ranks may have another teacher each in the same forward: unless heads are cut over ranks, they are plain tensors,
+    whole on every rank, and the loss speaks with no other rank.
     """
 
     def __init__(
@@ -48,13 +49,18 @@ class _StudentModule(torch.nn.Module):
         algorithms: Mapping[str, Algorithm],
         teacher_heads: Mapping[str, LMHead],
         device: torch.device,
+        context: ContextParallel | None,
+        vocab_shards: VocabShards | None,
     ) -> None:
         super().__init__()
         self.model = model
         self._algorithms = algorithms
         self._teacher_heads = teacher_heads
+        self._device = device
         self._rows_to_device = RowsToDevice(device)
         self._logit_scale, self._softcap = head_options(model.config)
+        self._context = context
+        self._vocab_shards = vocab_shards
 
     def forward(
         self,
@@ -63,24 +69,44 @@ class _StudentModule(torch.nn.Module):
         num_items: float,
         training: bool,
     ) -> KDLossOutput:
-        head = self.model.get_output_embeddings()
-        device = head.weight.device
+        head, shards = self.model.get_output_embeddings(), self._vocab_shards
+        own = StudentInput.whole(microbatch, self._device) if self._context is None else self._context.part(microbatch)
         hidden = forward_hidden_states(
             self.model.base_model,
-            to_device(microbatch.input_ids, device).long(),
-            to_device(microbatch.position_ids(), device),
+            own.input_ids,
+            own.position_ids,
             microbatch.sequence_lengths,
+            own.context,
         )
-        rows = to_device(microbatch.loss_rows, device).long()
-        student = LossRows(
-            hidden.index_select(0, rows),
-            LMHead(head.weight, head.bias, self._logit_scale, self._softcap),
-        )
-        teacher = LossRows(self._rows_to_device(teacher_rows), self._teacher_heads[microbatch.teacher_name])
-        labels = to_device(microbatch.shift_labels(), device)
+        hidden = hidden.index_select(0, own.rows)
+        if shards is None:
+            student_head = LMHead(head.weight, head.bias, self._logit_scale, self._softcap)
+        else:
+            student_head = shards.student_head(head, hidden, self._logit_scale, self._softcap)
+        student = LossRows(hidden, student_head)
+        teacher_head = self._teacher_heads[microbatch.teacher_name]
+        teacher = LossRows(self._received(teacher_rows, microbatch, own, teacher_head.weight), teacher_head)
+        labels = own.shift_labels
+        if shards is not None:
+            student, teacher, labels = shards.gather(student, teacher, labels)
+            num_items *= shards.num_ranks  # each of them has the loss of all their rows, and reports its part
         algorithm = self._algorithms[microbatch.teacher_name]
         compute = algorithm.loss if training else algorithm.evaluate
-        return compute(student, teacher, labels, num_items=num_items)
+        output = compute(student, teacher, labels, num_items=num_items)
+        return (
+            output if shards is None else output._replace(num_tokens=torch.full_like(output.num_tokens, len(own.rows)))
+        )
+
+    def _received(
+        self, teacher_rows: TeacherRows, microbatch: Microbatch, own: StudentInput, like: torch.Tensor
+    ) -> torch.Tensor:
+        """The teacher's rows that belong to this rank's, of the width and dtype of its head's."""
+        if self._context is None or own.which is None:
+            return self._rows_to_device(teacher_rows)
+        received = self._context.teacher_rows(
+            lambda: self._rows_to_device(teacher_rows), microbatch.num_loss_tokens, like.shape[1], like.dtype
+        )
+        return received.index_select(0, own.which)
 
 
 class FSDP2Student:
@@ -90,7 +116,7 @@ class FSDP2Student:
         config: which model and how it computes.
         optimizer: AdamW and its schedule.
         algorithms: the loss with each teacher, by its name.
-        teacher_heads: by the same names, on `device`, in the teacher's dtype.
+        teacher_heads: by the same names, in the teacher's dtype.
         device: of this rank.
         num_steps: where the schedule ends.
 
@@ -116,14 +142,23 @@ class FSDP2Student:
         model: Any = source if whole else _shell(config, compute_dtype)
         layers = decoder_layers(model)
         wrap_layers(layers, config)
-        self.module = _StudentModule(model.train(), algorithms, teacher_heads, device)
+        mesh = None if whole and not config.cpu_offload else make_mesh(config, device)
+        self._vocab_shards = None
+        if config.vocab_parallel and mesh is not None and not whole:
+            self._vocab_shards = VocabShards(model, mesh, num_teachers=len(teacher_heads))
+            teacher_heads = {n: self._vocab_shards.teacher_head(head) for n, head in teacher_heads.items()}
+        context = None
+        if config.context_parallel > 1:
+            context = ContextParallel(config.context_parallel, model.config, device)
+        teacher_heads = {name: head.to(device) for name, head in teacher_heads.items()}
+        self.module = _StudentModule(model.train(), algorithms, teacher_heads, device, context, self._vocab_shards)
         self._copies = None
-        if whole and not config.cpu_offload:
+        if mesh is None:
             # FSDP would have nothing to shard, and copy every weight and gradient several times.
             self._copies = LowPrecisionCopies(self.module.to(device), compute_dtype)
         else:
-            mesh = make_mesh(config, device)
-            shard(self.module, layers, config, mesh=mesh, compute_dtype=compute_dtype)
+            ignored = () if self._vocab_shards is None else self._vocab_shards.parameters
+            shard(self.module, layers, config, mesh=mesh, compute_dtype=compute_dtype, ignored=ignored)
         if not whole:
             # Weights by their names in the whole module, of which the model is all that has any.
             whole_module = None if source is None else torch.nn.ModuleDict({"model": source})
@@ -155,6 +190,8 @@ class FSDP2Student:
             # FSDP averages gradients over ranks; the sum over ranks is wanted.
             output = self.module(microbatch, teacher_rows, num_items / self.num_ranks, True)
             output.loss.backward()
+        if last and self._vocab_shards is not None:
+            self._vocab_shards.reduce_gradients()
         return output
 
     def _computing(self) -> AbstractContextManager[None]:

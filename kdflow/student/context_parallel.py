@@ -70,7 +70,7 @@ class ContextParallel:
         num_ranks = dist.get_world_size()
         if num_ranks % size:
             raise ConfigError(f"student.context_parallel: expected a divisor of the {num_ranks} ranks, got {size}")
-        _check_model(model_config)
+        check_model(model_config)
         self._device = device
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, num_ranks, size)]
         self._group = groups[dist.get_rank() // size]
@@ -100,7 +100,8 @@ class ContextParallel:
         return received
 
 
-def _check_model(model_config: Any) -> None:
+def check_model(model_config: Any) -> None:
+    """Raises ConfigError where a token depends on others by more than attention."""
     values = model_config.get_text_config().to_dict()
     kinds = set(values.get("layer_types") or ()) - _LAYERS
     if kinds:

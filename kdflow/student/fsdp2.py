@@ -93,9 +93,9 @@ class _StudentModule(torch.nn.Module):
         algorithm = self._algorithms[microbatch.teacher_name]
         compute = algorithm.loss if training else algorithm.evaluate
         output = compute(student, teacher, labels, num_items=num_items)
-        return (
-            output if shards is None else output._replace(num_tokens=torch.full_like(output.num_tokens, len(own.rows)))
-        )
+        if shards is not None:
+            output = output._replace(num_tokens=torch.full_like(output.num_tokens, len(own.rows)))
+        return output
 
     def _received(
         self, teacher_rows: TeacherRows, microbatch: Microbatch, own: StudentInput, like: torch.Tensor

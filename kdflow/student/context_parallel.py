@@ -72,9 +72,12 @@ class ContextParallel:
             raise ConfigError(f"student.context_parallel: expected a divisor of the {num_ranks} ranks, got {size}")
         check_model(model_config)
         self._device = device
-        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, num_ranks, size)]
-        self._group = groups[dist.get_rank() // size]
         self._first = dist.get_rank() // size * size
+        for first in range(0, num_ranks, size):  # every rank makes all groups
+            group = dist.new_group(list(range(first, first + size)))
+            if first == self._first:
+                assert isinstance(group, dist.ProcessGroup)
+                self._group = group
 
     def part(self, microbatch: Microbatch) -> StudentInput:
         """This rank's part."""

@@ -99,8 +99,9 @@ class VocabShards:
         )
 
     def _gather(self, rows: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        padded = rows.new_zeros((max(lengths), *rows.shape[1:]))
-        padded = torch.cat((rows, padded[len(rows) :]))
+        if max(lengths) == 0:
+            return rows  # with its place in the graph: other replicas wait for this one's backward
+        padded = torch.cat((rows, rows.new_zeros((max(lengths) - len(rows), *rows.shape[1:]))))
         if padded.numel() == 0:  # without a teacher its rows have no columns
             return rows.new_zeros((sum(lengths), *rows.shape[1:]))
         return torch.cat([of_rank[:n] for of_rank, n in zip(gather(padded, self._group), lengths, strict=True)])

@@ -94,6 +94,8 @@ class StudentConfig:
         compile: torch.compile for each layer.
         router_aux_loss_coef: Weight of the load-balancing loss of a student with experts; "model" takes that of its
             config, 0 leaves the loss out.
+        context_parallel: Ranks that share each microbatch, cut along its tokens; attention gathers keys and values.
+        vocab_parallel: Each rank has its own tokens of both heads, and never a whole one; loss rows are gathered.
         lora: Adapters on a frozen student in place of training all of it.
     """
 
@@ -107,7 +109,14 @@ class StudentConfig:
     cpu_offload: bool = False
     compile: bool = False
     router_aux_loss_coef: float | Literal["model"] = 0.0
+    context_parallel: int = 1
+    vocab_parallel: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Of ranks that share their microbatches one each."""
+        return self.num_ranks // max(1, self.context_parallel)
 
 
 @dataclass(frozen=True)
@@ -335,11 +344,12 @@ class RunConfig:
             "student.num_ranks": 1,
             "student.num_threads": 0,
             "student.replicate": 1,
+            "student.context_parallel": 1,
             "student.lora.rank": 0,
             "data.num_eval_samples": 0,
             "data.max_length": 2,
             "training.num_steps": 0,
-            "training.samples_per_step": self.student.num_ranks,
+            "training.samples_per_step": self.student.num_data_ranks,
             "training.tokens_per_microbatch": self.data.max_length,
             "training.eval_every": 0,
             "training.save_every": 0,
@@ -382,6 +392,10 @@ class RunConfig:
                 self.teacher.model in ("", self.student.model),
                 "nothing, as the teacher is student.model",
             )
+            cut = self.student.context_parallel > 1 or self.student.vocab_parallel
+            _check("teacher.backend base: context_parallel or vocab_parallel of the student", cut, not cut, "neither")
+        size = self.student.context_parallel
+        _check("student.context_parallel", size, ranks % size == 0, f"a divisor of the {ranks} ranks")
         _check_data(self.data)
         _check_teachers(self)
         if self.training.keep_best and self.data.num_eval_samples == 0:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,16 @@ class LMHead:
         bias: (V,) or None.
         logit_scale: factor of the logits.
         softcap: c of c * tanh(logits / c), or None.
+        vocab_start: token of the first row, where this is a rank's part of a head.
+        vocab_group: the ranks that have the other parts; None: the head is whole.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    vocab_start: int = 0
+    vocab_group: ProcessGroup | None = None
 
     @property
     def vocab_size(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from kdflow.config import AlgorithmConfig
 from kdflow.registry import Registry
 from kdflow.types import LossRows
-from kdflow_kernels import KDLossOutput
+from kdflow_kernels import KDLossOutput, VocabParallel
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,18 @@ class Algorithm(Protocol):
 
 
 def side_arguments(side: str, rows: LossRows) -> dict[str, Any]:
-    """What fused_kd_loss is told of "student" or "teacher"."""
-    return {
+    """What fused_kd_loss is told of "student" or "teacher"; the student's head says how both are cut over ranks."""
+    head = rows.head
+    arguments: dict[str, Any] = {
         f"{side}_input": rows.hidden,
-        f"{side}_weight": rows.head.weight,
-        f"{side}_bias": rows.head.bias,
-        f"{side}_logit_scale": rows.head.logit_scale,
-        f"{side}_softcap": rows.head.softcap,
+        f"{side}_weight": head.weight,
+        f"{side}_bias": head.bias,
+        f"{side}_logit_scale": head.logit_scale,
+        f"{side}_softcap": head.softcap,
     }
+    if head.vocab_group is not None:
+        arguments["vocab_parallel"] = VocabParallel(head.vocab_group, head.vocab_start, reduce_input_grad=False)
+    return arguments
 
 
 ALGORITHMS: Registry[type[Algorithm]] = Registry(

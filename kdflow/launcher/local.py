@@ -68,7 +68,7 @@ def _start_teachers(
 ) -> tuple[Rings, list[TeacherProcess]]:
     """The rings and the teachers' processes, which `stack` ends."""
     config = prepared.config
-    num_ranks, transport = config.student.num_ranks, config.transport
+    num_ranks, transport = config.student.num_data_ranks, config.transport
     workers = list_workers(config)
     choice = choose_hidden_ring(transport, gpu_pairs(config))
     if choice.kind != "host":

@@ -120,7 +120,9 @@ def run_rank(
     torch.manual_seed(config.seed)
     with ExitStack() as stack:
         rank = stack.enter_context(process_group(device, config.transport.timeout_s))
-        num_ranks = dist.get_world_size()
+        # Of ranks that share their microbatches the first alone asks the teacher.
+        data_rank, place = divmod(rank, config.student.context_parallel)
+        rings = spec.rings if place == 0 else None
         student = _load_student(prepared, device)
         checkpoints = CheckpointStore(
             folder / "checkpoints",
@@ -138,7 +140,7 @@ def run_rank(
         trace = stack.enter_context(open_trace(config.profile, folder, "student", rank, device, host_is_ahead=True))
         trainer = Trainer(
             student,
-            _attach(spec.rings, config, rank, device, stack) if spec.rings else NoTeacher(),
+            _attach(rings, config, data_rank, device, stack) if rings else NoTeacher(),
             device=device,
             observers=_observers(config, folder, num_steps_done, stack) if rank == 0 else [],
             checkpoints=checkpoints,
@@ -151,8 +153,8 @@ def run_rank(
                 config,
                 prepared.train,
                 prepared.held_out,
-                rank=rank,
-                num_ranks=num_ranks,
+                rank=data_rank,
+                num_ranks=config.student.num_data_ranks,
                 start=num_steps_done,
             ),
             num_skipped=found.num_skipped if found else 0,

@@ -1,7 +1,9 @@
 """What teacher and student share about Hugging Face models: loading, packed attention, heads."""
 
 from kdflow.modeling.attention import PACKED_ATTENTION
+from kdflow.modeling.context import ContextKeys, ContextSplit
 from kdflow.modeling.decoder import forward_decoder, forward_hidden_states, head_options
+from kdflow.modeling.gather import gather
 from kdflow.modeling.loading import (
     empty_causal_lm,
     hide_progress_bars,
@@ -17,9 +19,12 @@ from kdflow.modeling.prune import prune_layers
 
 __all__ = [
     "PACKED_ATTENTION",
+    "ContextKeys",
+    "ContextSplit",
     "empty_causal_lm",
     "forward_decoder",
     "forward_hidden_states",
+    "gather",
     "head_options",
     "hide_progress_bars",
     "load_causal_lm",

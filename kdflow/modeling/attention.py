@@ -1,7 +1,8 @@
 """Attention over packed samples: none sees another, and no mask is built.
 
 On CUDA in half precision all samples go through one variable-length flash kernel, elsewhere each
-through SDPA on its own.
+through SDPA on its own. Where a microbatch is cut over ranks, what is said of samples holds for
+the pieces that a rank has: the last queries of a sample's first keys.
 
 Shapes: 1 batch, Q query heads, K key heads, T packed tokens, D head size, B samples.
 """
@@ -17,34 +18,51 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from kdflow.modeling.context import ContextKeys
 from kdflow.modeling.placement import to_device
 
 PACKED_ATTENTION = "kdflow_packed"
 
 
 @dataclass(frozen=True)
-class SequenceLengths:
-    """Lengths of packed samples. An object, because torch.compile would compile a layer anew for each other tuple."""
+class PackedLengths:
+    """Of queries and keys of each sample. An object, as torch.compile would compile a layer anew for each other tuple.
 
-    each: tuple[int, ...]
+    Attributes:
+        queries, keys: alike where no microbatch is cut; host integers, so no device wait.
+        context: brings keys and values of other ranks, adding up to `keys`.
+    """
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    context: ContextKeys | None
 
 
-def packed_options(sequence_lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+def packed_options(
+    sequence_lengths: Sequence[int], device: torch.device, context: ContextKeys | None = None
+) -> dict[str, Any]:
     """Keywords for the forward of a model whose attention is PACKED_ATTENTION.
 
     Made once for all layers. The last four are transformers' own, for models that take them.
 
     Args:
         sequence_lengths: lengths of the samples, adding up to T.
+        context: where the microbatch is cut over ranks; its lengths count then.
     """
-    ends = np.cumsum((0, *sequence_lengths), dtype=np.int32)
-    cu_seqlens, longest = to_device(ends, device), max(sequence_lengths)
+    queries = keys = tuple(sequence_lengths)
+    if context is not None:
+        queries, keys = context.query_lengths, context.key_lengths
+
+    def ends(lengths: Sequence[int]) -> torch.Tensor:
+        return to_device(np.cumsum((0, *lengths), dtype=np.int32), device)
+
+    query_ends = ends(queries)
     return {
-        "sequence_lengths": SequenceLengths(tuple(sequence_lengths)),
-        "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
-        "max_length_q": longest,
-        "max_length_k": longest,
+        "lengths": PackedLengths(queries, keys, context),
+        "cu_seq_lens_q": query_ends,
+        "cu_seq_lens_k": query_ends if context is None else ends(keys),
+        "max_length_q": max(queries),
+        "max_length_k": max(keys),
     }
 
 
@@ -56,9 +74,11 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    sequence_lengths: SequenceLengths,
+    lengths: PackedLengths,
     cu_seq_lens_q: torch.Tensor,
+    cu_seq_lens_k: torch.Tensor,
     max_length_q: int,
+    max_length_k: int,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -72,9 +92,10 @@ def packed_attention(
 
     Args:
         query: (1, Q, T, D); key and value: (1, K, T, D), K dividing Q.
-        sequence_lengths: lengths of the samples, adding up to T; host integers, so no device wait.
-        cu_seq_lens_q: (B + 1,) int32, where each sample begins and the last one ends.
-        max_length_q: of the longest sample.
+        lengths: of the samples; those of the queries add up to T.
+        cu_seq_lens_q: (B + 1,) int32, where the queries of each sample begin and the last ones end.
+        cu_seq_lens_k: the same of the keys.
+        max_length_q, max_length_k: of the longest sample.
         sliding_window: a token sees itself and the `sliding_window - 1` before it.
 
     Returns:
@@ -89,9 +110,10 @@ def packed_attention(
             "packed attention does not support that"
         )
     assert attention_mask is None
-    lengths = sequence_lengths.each
-    assert sum(lengths) == query.shape[2]
-    if sliding_window is not None and sliding_window >= max_length_q:
+    assert sum(lengths.queries) == query.shape[2]
+    if lengths.context is not None:
+        key, value = lengths.context.gather(key, value)
+    if sliding_window is not None and sliding_window >= max_length_k:
         sliding_window = None
     if _flash_takes(query):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -101,11 +123,11 @@ def packed_attention(
             k,
             v,
             cu_seq_lens_q,
-            cu_seq_lens_q,
+            cu_seq_lens_k,
             max_length_q,
-            max_length_q,
+            max_length_k,
             dropout,
-            True,  # causal
+            True,  # causal, the last query seeing all keys
             False,  # return_debug_mask
             scale=scaling,
             window_size_left=None if sliding_window is None else sliding_window - 1,
@@ -114,17 +136,17 @@ def packed_attention(
         return output[None], None
     outputs = []
     for q, k, v in zip(
-        query.split(lengths, dim=2),
-        key.split(lengths, dim=2),
-        value.split(lengths, dim=2),
+        query.split(lengths.queries, dim=2),
+        key.split(lengths.keys, dim=2),
+        value.split(lengths.keys, dim=2),
         strict=True,
     ):
-        length = q.shape[2]
+        num_queries, num_keys = q.shape[2], k.shape[2]
         mask = None
-        if sliding_window is not None and length > sliding_window:
-            position = torch.arange(length, device=q.device)
-            distance = position[:, None] - position[None, :]
-            mask = (distance >= 0) & (distance < sliding_window)
+        if num_queries < num_keys or (sliding_window is not None and num_keys > sliding_window):
+            position = torch.arange(num_keys, device=q.device)
+            distance = position[num_keys - num_queries :, None] - position[None, :]
+            mask = (distance >= 0) & (distance < (sliding_window or num_keys))
         outputs.append(
             F.scaled_dot_product_attention(
                 q,

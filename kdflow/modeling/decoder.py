@@ -9,6 +9,7 @@ import torch
 
 from kdflow.errors import ConfigError
 from kdflow.modeling.attention import packed_options
+from kdflow.modeling.context import ContextKeys
 
 
 def forward_hidden_states(
@@ -37,14 +38,19 @@ def forward_decoder(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
     sequence_lengths: Sequence[int],
+    context: ContextKeys | None = None,
     **options: Any,
 ) -> Any:
-    """The same with all that the decoder tells when it is asked by further `options` of its forward."""
+    """The same with all that the decoder tells when it is asked by further `options` of its forward.
+
+    Args:
+        context: where ids and positions are a rank's part of these samples.
+    """
     return decoder(
         input_ids=input_ids[None],
         position_ids=position_ids[None],
         use_cache=False,
-        **packed_options(sequence_lengths, input_ids.device),
+        **packed_options(sequence_lengths, input_ids.device, context),
         **options,
     )
 

@@ -97,6 +97,11 @@ def _check(options: argparse.Namespace) -> None:
 
 def _workload(config: RunConfig, options: argparse.Namespace) -> Workload:
     num_ranks = config.student.num_ranks
+    if config.student.context_parallel > 1:
+        raise ConfigError(
+            f"student.context_parallel: a plan knows ranks with microbatches of their own, got "
+            f"{config.student.context_parallel}; plan with 1, and training.tokens_per_microbatch divided by it"
+        )
     if options.tokens_per_sample is not None:
         if options.tokens_per_sample > config.training.tokens_per_microbatch:
             raise ConfigError(

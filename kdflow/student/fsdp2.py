@@ -7,7 +7,7 @@ the loss and reduce its gradient after it, tied or untied. Fetching the head fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -24,14 +24,15 @@ from kdflow.modeling import (
     head_options,
     load_causal_lm,
     resolve_dtype,
-    to_device,
 )
+from kdflow.student.context_parallel import ContextParallel, StudentInput
 from kdflow.student.lora import add_lora, check_quantization, quantization_options, without_adapters
 from kdflow.student.mixed_precision import LowPrecisionCopies
 from kdflow.student.optimizer import adamw, lr_factor
 from kdflow.student.router import router_loss, router_weight
 from kdflow.student.rows import RowsToDevice, TeacherRows
 from kdflow.student.sharding import decoder_layers, fill_from_first_rank, make_mesh, shard, wrap_layers
+from kdflow.student.vocab_parallel import VocabShards
 from kdflow.types import LMHead, LossRows, Microbatch
 from kdflow_kernels import KDLossOutput
 
@@ -39,8 +40,8 @@ from kdflow_kernels import KDLossOutput
 class _StudentModule(torch.nn.Module):
     """The FSDP root: causal LM and loss in one forward.
 
-    Ranks may have another teacher each in the same forward: heads are plain tensors, whole on every rank, and the loss
-    speaks with no other rank.
+    Ranks may have another teacher each in the same forward: unless heads are cut over ranks, they are plain tensors,
+    whole on every rank, and the loss speaks with no other rank.
     """
 
     def __init__(
@@ -50,14 +51,19 @@ class _StudentModule(torch.nn.Module):
         teacher_heads: Mapping[str, LMHead | None],
         device: torch.device,
         router_weight: float,
+        context: ContextParallel | None,
+        vocab_shards: VocabShards | None,
     ) -> None:
         super().__init__()
         self.model = model
         self._router_weight = router_weight
         self._algorithms = algorithms
         self._teacher_heads = teacher_heads
+        self._device = device
         self._rows_to_device = RowsToDevice(device)
         self._logit_scale, self._softcap = head_options(model.config)
+        self._context = context
+        self._vocab_shards = vocab_shards
 
     def forward(
         self,
@@ -66,39 +72,50 @@ class _StudentModule(torch.nn.Module):
         num_items: float,
         training: bool,
     ) -> KDLossOutput:
-        own_head = self.model.get_output_embeddings()
-        head = LMHead(own_head.weight, own_head.bias, self._logit_scale, self._softcap)
-        teacher_head = self._teacher_heads[microbatch.teacher_name]
-        if teacher_head is None:
-            teacher = LossRows(self._base_rows(microbatch.for_teacher()), head)
+        own = StudentInput.whole(microbatch, self._device) if self._context is None else self._context.part(microbatch)
+        teacher_head, shards = self._teacher_heads[microbatch.teacher_name], self._vocab_shards
+        base_rows = self._base_rows(microbatch.for_teacher()) if teacher_head is None else None
         balances = training and self._router_weight > 0.0
-        rows, told = self._loss_rows(microbatch, **({"output_router_logits": True} if balances else {}))
-        student = LossRows(rows, head)
-        if teacher_head is not None:
-            teacher = LossRows(self._rows_to_device(teacher_rows), teacher_head)
-        labels = to_device(microbatch.shift_labels(), head.weight.device)
+        asked = {"output_router_logits": True} if balances else {}
+        hidden, told = self._loss_rows(own, microbatch.sequence_lengths, **asked)
+        head = self._head(hidden)
+        student = LossRows(hidden, head)
+        if teacher_head is None:
+            assert base_rows is not None
+            teacher = LossRows(base_rows, head)
+        else:
+            teacher = LossRows(self._received(teacher_rows, microbatch, own, teacher_head.weight), teacher_head)
+        # No sum over tokens, so what a rank computes at once counts by its part of the step's loss tokens.
+        router_part = self._router_weight * len(own.rows) / num_items
+        labels = own.shift_labels
+        if shards is not None:
+            student, teacher, labels = shards.gather(student, teacher, labels)
+            num_items *= shards.num_ranks  # each of them has the loss of all their rows, and reports its part
         algorithm = self._algorithms[microbatch.teacher_name]
         compute = algorithm.loss if training else algorithm.evaluate
         output = compute(student, teacher, labels, num_items=num_items)
-        if not balances:
-            return output
-        # No sum over tokens, so a microbatch's own value counts by its part of the step's loss tokens.
-        num_chosen = self.model.config.get_text_config().num_experts_per_tok
-        part = self._router_weight * microbatch.num_loss_tokens / num_items
-        return output._replace(loss=output.loss + part * router_loss(told.router_logits, num_chosen))
+        if shards is not None:
+            output = output._replace(num_tokens=torch.full_like(output.num_tokens, len(own.rows)))
+        if balances:
+            num_chosen = self.model.config.get_text_config().num_experts_per_tok
+            output = output._replace(loss=output.loss + router_part * router_loss(told.router_logits, num_chosen))
+        return output
 
-    def _loss_rows(self, microbatch: Microbatch, **options: Any) -> tuple[torch.Tensor, Any]:
-        """(N, H) hidden states of the rows that enter the loss, and all that the decoder told."""
-        device = self.model.get_output_embeddings().weight.device
+    def _head(self, hidden: torch.Tensor) -> LMHead:
+        """The student's, or this rank's part of it."""
+        head = self.model.get_output_embeddings()
+        if self._vocab_shards is None:
+            return LMHead(head.weight, head.bias, self._logit_scale, self._softcap)
+        return self._vocab_shards.student_head(head, hidden, self._logit_scale, self._softcap)
+
+    def _loss_rows(
+        self, own: StudentInput, sequence_lengths: Sequence[int], **options: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """(n, H) hidden states of the rows that enter the loss, and all that the decoder told."""
         told = forward_decoder(
-            self.model.base_model,
-            to_device(microbatch.input_ids, device).long(),
-            to_device(microbatch.position_ids(), device),
-            microbatch.sequence_lengths,
-            **options,
+            self.model.base_model, own.input_ids, own.position_ids, sequence_lengths, own.context, **options
         )
-        rows = to_device(microbatch.loss_rows, device).long()
-        return told.last_hidden_state[0].index_select(0, rows), told
+        return told.last_hidden_state[0].index_select(0, own.rows), told
 
     @torch.no_grad()
     def _base_rows(self, microbatch: Microbatch) -> torch.Tensor:
@@ -106,9 +123,20 @@ class _StudentModule(torch.nn.Module):
         training = self.model.training
         self.model.eval()
         with without_adapters(self.model):
-            rows, _ = self._loss_rows(microbatch)
+            rows, _ = self._loss_rows(StudentInput.whole(microbatch, self._device), microbatch.sequence_lengths)
         self.model.train(training)
         return rows
+
+    def _received(
+        self, teacher_rows: TeacherRows, microbatch: Microbatch, own: StudentInput, like: torch.Tensor
+    ) -> torch.Tensor:
+        """The teacher's rows that belong to this rank's, of the width and dtype of its head's."""
+        if self._context is None or own.which is None:
+            return self._rows_to_device(teacher_rows)
+        received = self._context.teacher_rows(
+            lambda: self._rows_to_device(teacher_rows), microbatch.num_loss_tokens, like.shape[1], like.dtype
+        )
+        return received.index_select(0, own.which)
 
 
 class FSDP2Student:
@@ -118,7 +146,7 @@ class FSDP2Student:
         config: which model and how it computes.
         optimizer: AdamW and its schedule.
         algorithms: the loss with each teacher, by its name.
-        teacher_heads: by the same names, on `device`, in the teacher's dtype; None is the student's frozen base, for
+        teacher_heads: by the same names, in the teacher's dtype; None is the student's frozen base, for
             which nobody is asked for teacher rows. Then it is the one teacher: all ranks compute its rows together.
         device: of this rank.
         num_steps: where the schedule ends.
@@ -145,16 +173,31 @@ class FSDP2Student:
         model: Any = source if whole else _shell(config, compute_dtype)
         layers = decoder_layers(model)
         wrap_layers(layers, config)
+        mesh = None if whole and not config.cpu_offload else make_mesh(config, device)
+        self._vocab_shards = None
+        if config.vocab_parallel and mesh is not None and not whole:
+            self._vocab_shards = VocabShards(model, mesh, num_teachers=len(teacher_heads))
+            teacher_heads = {n: head and self._vocab_shards.teacher_head(head) for n, head in teacher_heads.items()}
+        context = None
+        if config.context_parallel > 1:
+            context = ContextParallel(config.context_parallel, model.config, device)
+        teacher_heads = {name: head and head.to(device) for name, head in teacher_heads.items()}
         self.module = _StudentModule(
-            model.train(), algorithms, teacher_heads, device, router_weight(config, model.config)
+            model.train(),
+            algorithms,
+            teacher_heads,
+            device,
+            router_weight(config, model.config),
+            context,
+            self._vocab_shards,
         )
         self._copies = None
-        if whole and not config.cpu_offload:
+        if mesh is None:
             # FSDP would have nothing to shard, and copy every weight and gradient several times.
             self._copies = LowPrecisionCopies(self.module.to(device), compute_dtype)
         else:
-            mesh = make_mesh(config, device)
-            shard(self.module, layers, config, mesh=mesh, compute_dtype=compute_dtype)
+            ignored = () if self._vocab_shards is None else self._vocab_shards.parameters
+            shard(self.module, layers, config, mesh=mesh, compute_dtype=compute_dtype, ignored=ignored)
         if not whole:
             # Weights by their names in the whole module, of which the model is all that has any.
             whole_module = None if source is None else torch.nn.ModuleDict({"model": source})
@@ -195,6 +238,8 @@ class FSDP2Student:
             output = self.module(microbatch, teacher_rows, num_items / self.num_ranks, True)
             release()
             output.loss.backward()
+        if last and self._vocab_shards is not None:
+            self._vocab_shards.reduce_gradients()
         return output
 
     def _computing(self) -> AbstractContextManager[None]:

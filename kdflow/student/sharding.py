@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -83,12 +84,13 @@ def shard(
     *,
     mesh: DeviceMesh,
     compute_dtype: torch.dtype,
+    ignored: Iterable[torch.nn.Parameter] = (),
 ) -> None:
-    """Each layer is a unit, and the root with embeddings, norm, head and loss is one."""
+    """Each layer is a unit, and the root with embeddings, norm, head and loss is one; but for what is ignored."""
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.cpu_offload else OffloadPolicy()
     for unit in (*layers, module):
-        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=set(ignored))
 
 
 @torch.no_grad()

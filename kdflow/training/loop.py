@@ -257,7 +257,7 @@ class Trainer:
         dist.all_gather_object(by_rank, own)
         what = (
             f"step {step.index + 1}: loss {loss}, gradient norm {norm}, expected finite numbers; its samples are "
-            f"{sorted(i for ids in by_rank for i in ids)}"
+            f"{sorted({i for ids in by_rank for i in ids})}"
         )
         if self._num_skipped >= self._max_skipped_steps:
             if step.index > 0:

@@ -17,6 +17,7 @@ from kdflow_kernels.divergences import (
     register_divergence,
 )
 from kdflow_kernels.fused_kd_loss import FusedKDLoss, KDLossOutput, fused_kd_loss
+from kdflow_kernels.vocab_parallel import VocabParallel
 
 __all__ = [
     "JSD",
@@ -32,6 +33,7 @@ __all__ = [
     "SkewedForwardKL",
     "SkewedReverseKL",
     "Top1CE",
+    "VocabParallel",
     "fused_kd_loss",
     "get_divergence",
     "list_divergences",

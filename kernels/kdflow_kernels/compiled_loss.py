@@ -26,6 +26,11 @@ NUM_OUTPUTS = len(KDLossOutput._fields)
 
 def compiled_loss(tensors: Tensors, options: Options) -> KDLossOutput:
     """``fused_kd_loss`` while torch.compile traces it."""
+    if options.vocab_parallel is not None:
+        raise ValueError(
+            "vocab_parallel: not inside torch.compile, whose operators cannot be given a process group; call the loss "
+            "outside what is compiled, or from a function under @torch.compiler.disable"
+        )
     num_items = tensors.num_items
     if num_items is not None and not isinstance(num_items, Tensor):
         # It changes every step; as a number of the operator's it would be compiled in.
@@ -126,7 +131,7 @@ def kd_loss(
     )  # fmt: skip
     options = Options(
         decode(divergence), temperature, kd_weight, ce_weight, ignore_index, reduction, student_logit_scale,
-        teacher_logit_scale, student_softcap, teacher_softcap, vocab_size, chunk_size, grad_filter_eps, backend,
+        teacher_logit_scale, student_softcap, teacher_softcap, vocab_size, chunk_size, grad_filter_eps, backend, None,
     )  # fmt: skip
     with _as_in_eager(student_input.device.type):
         request = prepare(tensors, options)

@@ -13,6 +13,7 @@ from kdflow_kernels.chunked_loss import choose_backend, chunked_loss, row_loss
 from kdflow_kernels.compiled_loss import compiled_loss
 from kdflow_kernels.divergences import Divergence
 from kdflow_kernels.request import KDLossOutput, Options, Tensors, prepare
+from kdflow_kernels.vocab_parallel import VocabParallel
 
 
 def fused_kd_loss(
@@ -42,6 +43,7 @@ def fused_kd_loss(
     chunk_size: int | None = None,
     grad_filter_eps: float = 0.0,
     backend: str = "auto",
+    vocab_parallel: VocabParallel | None = None,
 ) -> KDLossOutput:
     """Distillation loss plus cross-entropy from hidden states, without ever holding (N, V) logits.
 
@@ -77,6 +79,10 @@ def fused_kd_loss(
         grad_filter_eps: above 0, columns of the vocabulary where no row of a chunk has |d row loss / d logit| above it
             are left out of the gradient's matrix products, but for a rank-1 term in student_input's. Approximate.
         backend: "triton" (CUDA), "torch" (anywhere), "reference" (full logits), or "auto": Triton on CUDA, else torch.
+        vocab_parallel: both heads are cut by tokens over the ranks of a group: see ``VocabParallel``. student_weight,
+            teacher_weight and the biases are this rank's part; shift_labels and vocab_size are those of the whole
+            heads. Every rank gets the same output, student_weight's gradient is that of its part, and student_input's
+            is whole unless left partial. It runs in torch on every device.
 
     Returns:
         KDLossOutput. The loss is fp32 (fp64 for fp64 inputs).
@@ -124,6 +130,7 @@ def fused_kd_loss(
         chunk_size=chunk_size,
         grad_filter_eps=grad_filter_eps,
         backend=backend,
+        vocab_parallel=vocab_parallel,
     )
     if torch.compiler.is_compiling() and backend != "reference":
         return compiled_loss(tensors, options)
@@ -168,6 +175,7 @@ class FusedKDLoss(nn.Module):
         chunk_size: int | None = None,
         grad_filter_eps: float = 0.0,
         backend: str = "auto",
+        vocab_parallel: VocabParallel | None = None,
     ) -> None:
         super().__init__()
         self.divergence = validation.check_divergence(divergence)
@@ -187,6 +195,7 @@ class FusedKDLoss(nn.Module):
         self.chunk_size = chunk_size
         self.grad_filter_eps = grad_filter_eps
         self.backend = backend
+        self.vocab_parallel = vocab_parallel
         self.register_buffer("student_token_ids", student_token_ids, persistent=False)
         self.register_buffer("teacher_token_ids", teacher_token_ids, persistent=False)
         # In a tuple, so that nn.Module does not take them for parameters of its own.
@@ -230,6 +239,7 @@ class FusedKDLoss(nn.Module):
             chunk_size=self.chunk_size,
             grad_filter_eps=self.grad_filter_eps,
             backend=self.backend,
+            vocab_parallel=self.vocab_parallel,
         )
 
     def extra_repr(self) -> str:

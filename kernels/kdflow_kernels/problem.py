@@ -1,6 +1,6 @@
 """What a backend is given and what it returns.
 
-Shape suffixes: N rows that enter the loss, V columns of a head, K columns the divergence compares, H hidden size.
+Shape suffixes: N rows that enter the loss, V columns of a head (of this rank's part, where it is cut), K columns the divergence compares, H hidden size.
 """
 
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kdflow_kernels.divergences import Divergence
+from kdflow_kernels.vocab_parallel import VocabParallel
 
 # A bias of -inf masks a token. This low its probability is 0 and its log-probability still a number, so that
 # 0 * log-probability is 0.
@@ -39,7 +40,7 @@ class Problem:
 
     student: Head
     teacher: Head | None  # None: cross-entropy alone
-    labels: Tensor | None  # (N,) int64, every one inside the student's head; None: no cross-entropy
+    labels: Tensor | None  # (N,) int64, tokens of the student's whole head; None: no cross-entropy
     row_scale: Tensor  # (N,) fp32 or fp64: row weight / denominator, what each row's loss is multiplied by
     num_compared: int  # K
     divergence: Divergence
@@ -48,6 +49,7 @@ class Problem:
     ce_weight: float
     chunk_size: int | None
     grad_filter_eps: float
+    vocab_parallel: VocabParallel | None = None  # None: both heads are whole
 
 
 @dataclass(frozen=True)

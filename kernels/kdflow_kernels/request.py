@@ -12,6 +12,7 @@ from torch import Tensor
 from kdflow_kernels import validation
 from kdflow_kernels.divergences import Divergence
 from kdflow_kernels.problem import Head, Problem, RowTerms
+from kdflow_kernels.vocab_parallel import VocabParallel
 
 
 class KDLossOutput(NamedTuple):
@@ -62,6 +63,7 @@ class Options(NamedTuple):
     chunk_size: int | None
     grad_filter_eps: float
     backend: str
+    vocab_parallel: VocabParallel | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +131,18 @@ def prepare(tensors: Tensors, options: Options) -> Request:
             tensors.teacher_token_ids,
         )
     divergence = validation.check_divergence(options.divergence)
-    num_compared = validation.check_heads(
-        student, teacher, tensors.teacher_input, tensors.teacher_weight, options.kd_weight, options.vocab_size
+    num_compared, num_labels = validation.check_heads(
+        student,
+        teacher,
+        tensors.teacher_input,
+        tensors.teacher_weight,
+        options.kd_weight,
+        options.vocab_size,
+        divergence,
+        options.vocab_parallel,
     )
     labels, row_weight, num_items = tensors.shift_labels, tensors.row_weight, tensors.num_items
-    validation.check_rows(student, labels, row_weight, options.ignore_index, options.ce_weight)
+    validation.check_rows(student, labels, row_weight, options.ignore_index, options.ce_weight, num_labels)
     validation.check_scalars(
         options.temperature,
         options.kd_weight,
@@ -184,6 +193,7 @@ def prepare(tensors: Tensors, options: Options) -> Request:
         ce_weight=options.ce_weight,
         chunk_size=options.chunk_size,
         grad_filter_eps=options.grad_filter_eps,
+        vocab_parallel=options.vocab_parallel,
     )
     return Request(
         problem=problem,

@@ -171,5 +171,5 @@ class Blocks:
 
     def teacher_tiles(self) -> Iterator[Tensor]:
         """(c, w) each."""
-        if self.teacher_rows is not None:
+        if self.teacher_rows is not None and self.teacher_rows.shape[1]:
             yield from self.teacher_rows.split(TILE_COLUMNS, dim=1)

@@ -4,7 +4,7 @@ The head is cut into tiles of columns, the rows into groups, a group's rows into
 
 1. the student's logits, a tile of the head at a time, each into the tile's block of memory;
 2. for each chunk of rows the teacher's logits, then ``native_rows``, or where that does not reach ``torch_rows``, turns
-   the student's into dloss/dlogits in place;
+   the student's into dloss/dlogits in place; of heads cut over ranks ``vocab_parallel_rows``;
 3. a tile of the head at a time: dH += dz W_tile and dW_tile = dz^T H.
 
 So a weight of the student is read (and, where the CPU is slow in its dtype, converted) twice a group, not three times a
@@ -16,12 +16,14 @@ K compared ones first), w columns of a tile, H hidden size.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kdflow_kernels.native_rows import NativeRows
 from kdflow_kernels.problem import GradientNeeds, Gradients, Problem, RowTerms
 from kdflow_kernels.tiled_logits import Blocks, Tile, TiledHead, spans, tiles
 from kdflow_kernels.torch_rows import TorchRows
+from kdflow_kernels.vocab_parallel_rows import VocabParallelRows
 
 # Rows of teacher logits held at once: fewer make the products slower, more cost memory.
 CHUNK_ROWS = 256
@@ -107,6 +109,8 @@ class _Run:
             teacher_maxima,
         )
         rows = NativeRows if NativeRows.covers(self.problem, self.blocks) else TorchRows
+        if self.problem.vocab_parallel is not None:
+            rows = VocabParallelRows
         self.rows = rows(self.problem, self.labels, self.blocks, self.terms, form_gradients=bool(needs))
 
     def run(self) -> tuple[RowTerms, Gradients]:
@@ -118,6 +122,9 @@ class _Run:
                 self._multiply(rows, blocks)
         if self.grad_weight is not None:
             self.grad_weight = self.grad_weight.to(self.student.storage)
+        parallel = self.problem.vocab_parallel
+        if parallel is not None and parallel.reduce_input_grad and self.grad_input is not None:
+            dist.all_reduce(self.grad_input, group=parallel.group)
         return self.terms, Gradients(self.grad_input, self.grad_weight, self.grad_bias)
 
     def _logits_to_gradients(self, rows: slice, blocks: list[Tensor]) -> None:

@@ -41,16 +41,7 @@ class TorchRows:
             self._step(group_start, chunk.start, slice(start, min(start + len(self.z), chunk.stop)))
 
     def _step(self, group_start: int, chunk_start: int, in_group: slice) -> None:
-        blocks, num_columns = self.blocks, self.blocks.num_columns
-        z = self.z[: in_group.stop - in_group.start]
-        for span in blocks.spans:
-            span.columns(z).copy_(span.rows(in_group))
-        _add_maxima(z, blocks.student_maxima, in_group)
-        teacher_z = None
-        if blocks.teacher_rows is not None:
-            in_chunk = slice(in_group.start - chunk_start, in_group.stop - chunk_start)
-            teacher_z = blocks.teacher_rows[in_chunk].to(z.dtype)
-            _add_maxima(teacher_z, blocks.teacher_maxima, in_chunk)
+        z, teacher_z = self._logits(chunk_start, in_group)
         rows = slice(group_start + in_group.start, group_start + in_group.stop)
         terms, gradient = step(
             self.problem,
@@ -61,16 +52,35 @@ class TorchRows:
             form_gradients=self.form_gradients,
         )
         if gradient is not None:
-            if gradient.shape[1] < num_columns:
-                gradient = torch.nn.functional.pad(gradient, (0, num_columns - gradient.shape[1]))
-            for span in blocks.spans:
-                span.rows(in_group).copy_(span.columns(gradient))
+            self._write(gradient, in_group)
         # Copied at once: small tensors that outlive a step would keep its large ones from being allocated anew in the
         # same place (646 MiB instead of 157 MiB at N=1024, V=64000).
         for field in fields(RowTerms):
             found = getattr(terms, field.name)
             if found is not None:
                 getattr(self.terms, field.name)[rows] = found
+
+    def _logits(self, chunk_start: int, in_group: slice) -> tuple[Tensor, Tensor | None]:
+        """(r, V) of the student, valid until the next call, and (r, K) of the teacher."""
+        blocks = self.blocks
+        z = self.z[: in_group.stop - in_group.start]
+        for span in blocks.spans:
+            span.columns(z).copy_(span.rows(in_group))
+        _add_maxima(z, blocks.student_maxima, in_group)
+        teacher_z = None
+        if blocks.teacher_rows is not None:
+            in_chunk = slice(in_group.start - chunk_start, in_group.stop - chunk_start)
+            teacher_z = blocks.teacher_rows[in_chunk].to(z.dtype)
+            _add_maxima(teacher_z, blocks.teacher_maxima, in_chunk)
+        return z, teacher_z
+
+    def _write(self, gradient: Tensor, in_group: slice) -> None:
+        """Puts dloss/dlogits in the place of the student's logits; columns that it lacks are zero."""
+        num_columns = self.blocks.num_columns
+        if gradient.shape[1] < num_columns:
+            gradient = torch.nn.functional.pad(gradient, (0, num_columns - gradient.shape[1]))
+        for span in self.blocks.spans:
+            span.rows(in_group).copy_(span.columns(gradient))
 
 
 def _add_maxima(z: Tensor, maxima: Tensor | None, rows: slice) -> None:
@@ -110,7 +120,7 @@ def step(
         p, log_p = p.to(q.dtype), log_p.to(q.dtype)
         teacher_entropy = -torch.linalg.vecdot(p, log_p)
         agreement = (student_top == teacher_top).squeeze(-1).to(q.dtype)
-        kd, g = _divergence(problem, p, q, log_p, log_q, form_gradients)
+        kd, g = divergence_terms(problem, p, q, log_p, log_q, form_gradients)
 
     ce = ce_probs = None
     # At temperature 1 over the same columns both terms share one softmax.
@@ -125,13 +135,36 @@ def step(
     if not form_gradients:
         return terms, None
 
+    gradient_sum = None if g is None else g.sum(-1)
+    return terms, logits_gradient(problem, student_logits, q, g, gradient_sum, ce_probs, labels, row_scale)
+
+
+def logits_gradient(
+    problem: Problem,
+    student_logits: Tensor,
+    q: Tensor,
+    g: Tensor | None,
+    gradient_sum: Tensor | None,
+    ce_probs: Tensor | None,
+    labels: Tensor | None,
+    row_scale: Tensor,
+    *,
+    owned: Tensor | None = None,
+) -> Tensor:
+    """d(row_scale * row loss)/d(logits before scale and softcap), (r, V) or (r, K), in the memory of ce_probs or q.
+
+    Shapes: q and g = df/dlog q (r, K), g None where no gradient comes from the divergence; gradient_sum (r,), g's sum
+    over the vocabulary; ce_probs (r, V), the softmax of cross-entropy, None where it is q; owned (r,) bool, rows whose
+    label is among the columns, None: all.
+    """
+    K = problem.num_compared
     ce_scale = None if problem.ce_weight == 0.0 else (problem.ce_weight * row_scale).unsqueeze(-1)
-    q_scale = torch.zeros_like(row_scale).unsqueeze(-1) if ce_scale is None or not shared else ce_scale
+    q_scale = torch.zeros_like(row_scale).unsqueeze(-1) if ce_scale is None or ce_probs is not None else ce_scale
     gradient = q
-    if g is not None:
+    if g is not None and gradient_sum is not None:
         # d/dz = (g - q sum g) / T
-        kd_scale = (problem.kd_weight / temperature * row_scale).unsqueeze(-1)
-        gradient.mul_(q_scale - kd_scale * g.sum(-1, keepdim=True)).addcmul_(g, kd_scale)
+        kd_scale = (problem.kd_weight / problem.temperature * row_scale).unsqueeze(-1)
+        gradient.mul_(q_scale - kd_scale * gradient_sum.unsqueeze(-1)).addcmul_(g, kd_scale)
     else:
         gradient.mul_(q_scale)
     if ce_scale is not None and labels is not None:
@@ -139,26 +172,27 @@ def step(
             ce_probs.mul_(ce_scale)
             ce_probs[:, :K] += gradient
             gradient = ce_probs
-        gradient.scatter_add_(-1, labels.unsqueeze(-1), -ce_scale)
+        label_scale = ce_scale if owned is None else ce_scale * owned.unsqueeze(-1)
+        gradient.scatter_add_(-1, labels.unsqueeze(-1), -label_scale)
     student = problem.student
     if student.softcap is not None:
         capped = student_logits[:, : gradient.shape[1]] / student.softcap
         gradient.mul_(1.0 - capped.square_())
     if student.logit_scale != 1.0:
         gradient.mul_(student.logit_scale)
-    return terms, gradient
+    return gradient
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities and log-probabilities (r, V) and the most likely column (r, 1)."""
     probs = torch.softmax(z, dim=-1)
-    top = _argmax(z)
+    top = argmax(z)
     # softmax is exp(z - log_sum), so its value at one column gives log_sum without another pass.
     log_sum = z.gather(-1, top) - probs.gather(-1, top).log()
     return probs, z - log_sum, top
 
 
-def _argmax(z: Tensor) -> Tensor:
+def argmax(z: Tensor) -> Tensor:
     """z.argmax(-1, keepdim=True)."""
     num_columns = z.shape[-1]
     if z.device.type != "cpu" or num_columns < 2 * ARGMAX_BLOCK:
@@ -173,7 +207,7 @@ def _argmax(z: Tensor) -> Tensor:
     return candidates.gather(-1, z.gather(-1, candidates).argmax(-1, keepdim=True))
 
 
-def _divergence(
+def divergence_terms(
     problem: Problem, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, form_gradients: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The divergence of each row (r,) and its derivative by log q (r, K), None where no gradient flows."""

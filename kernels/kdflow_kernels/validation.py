@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdflow_kernels.divergences import Divergence, get_divergence
 from kdflow_kernels.problem import Head
+from kdflow_kernels.vocab_parallel import VocabParallel, check_parts
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 REDUCTIONS = ("mean", "sum", "none")
@@ -80,8 +81,14 @@ def check_heads(
     teacher_weight: Tensor | None,
     kd_weight: float,
     vocab_size: int | None,
-) -> int:
-    """Check both sides and how their vocabularies meet; returns the number of compared tokens K."""
+    divergence: Divergence,
+    parallel: VocabParallel | None,
+) -> tuple[int, int | None]:
+    """Check both sides and how their vocabularies meet.
+
+    Returns the number of compared tokens K, of heads cut over ranks those of this rank, and the tokens that a label may
+    be; None where the latter would have to be asked of other ranks and make the host wait.
+    """
     _check_head("student", student)
     if teacher is None:
         if teacher_input is not None or teacher_weight is not None:
@@ -101,7 +108,9 @@ def check_heads(
             )
         for name, tensor in (("teacher_input", teacher.input), ("teacher_weight", teacher.weight)):
             _check_device(name, tensor, student.input)
-    return _check_vocabularies(student, teacher, vocab_size)
+    if parallel is None:
+        return _check_vocabularies(student, teacher, vocab_size), student.weight.shape[0]
+    return _check_vocab_parallel(parallel, student, teacher, vocab_size, divergence)
 
 
 def _check_head(side: str, head: Head) -> None:
@@ -126,8 +135,6 @@ def _check_head(side: str, head: Head) -> None:
             "or call inside torch.autocast"
         )
     _check_device(f"{side}_weight", weight, hidden)
-    if weight.shape[0] == 0:
-        raise ValueError(f"{side}_weight: expected at least one token, got shape {tuple(weight.shape)}")
     if head.bias is not None:
         if head.bias.shape != weight.shape[:1]:
             raise ValueError(
@@ -166,6 +173,9 @@ def _check_vocabularies(student: Head, teacher: Head | None, vocab_size: int | N
     student_ids, teacher_ids = student.token_ids, None if teacher is None else teacher.token_ids
     num_student = student.weight.shape[0]
     num_teacher = num_student if teacher is None else teacher.weight.shape[0]
+    for side, number in (("student", num_student), ("teacher", num_teacher)):
+        if number == 0:
+            raise ValueError(f"{side}_weight: expected at least one token, got none")
     if student_ids is not None or teacher_ids is not None:
         if vocab_size is not None:
             raise ValueError(
@@ -203,6 +213,36 @@ def _check_vocabularies(student: Head, teacher: Head | None, vocab_size: int | N
     return num_student
 
 
+def _check_vocab_parallel(
+    parallel: VocabParallel,
+    student: Head,
+    teacher: Head | None,
+    vocab_size: int | None,
+    divergence: Divergence,
+) -> tuple[int, int | None]:
+    if not isinstance(parallel, VocabParallel):
+        raise TypeError(f"vocab_parallel: expected a VocabParallel or None, got {type(parallel).__name__}")
+    if student.token_ids is not None or (teacher is not None and teacher.token_ids is not None):
+        raise ValueError(
+            "vocab_parallel: cannot be combined with student_token_ids and teacher_token_ids, whose pairs lie in "
+            "different ranks; use whole heads, or vocab_size"
+        )
+    if teacher is not None and not divergence.is_pointwise():
+        raise ValueError(
+            f"vocab_parallel: divergence {divergence.name!r} needs whole rows, and a rank has its own tokens alone; choose "
+            "one that is a sum over the vocabulary, such as forward_kl or jsd, or use whole heads"
+        )
+    num_student = student.weight.shape[0]
+    num_teacher = num_student if teacher is None else teacher.weight.shape[0]
+    num_tokens = None
+    if _values_are_checked(student.input):
+        num_tokens = check_parts(parallel, num_student, num_teacher, vocab_size, student.input.device)
+    num_compared = num_student
+    if vocab_size is not None:
+        num_compared = max(0, min(num_student, vocab_size - parallel.start))
+    return num_compared, num_tokens
+
+
 def _check_ids(name: str, ids: Tensor, limit: int, like: Tensor) -> None:
     if ids.dtype != torch.int64 or ids.dim() != 1 or len(ids) == 0:
         raise TypeError(
@@ -221,9 +261,15 @@ def _check_ids(name: str, ids: Tensor, limit: int, like: Tensor) -> None:
 
 
 def check_rows(
-    student: Head, shift_labels: Tensor | None, row_weight: Tensor | None, ignore_index: int, ce_weight: float
+    student: Head,
+    shift_labels: Tensor | None,
+    row_weight: Tensor | None,
+    ignore_index: int,
+    ce_weight: float,
+    num_tokens: int | None,
 ) -> None:
-    num_rows, num_tokens = student.input.shape[0], student.weight.shape[0]
+    """num_tokens: what check_heads returned."""
+    num_rows = student.input.shape[0]
     if row_weight is not None:
         if not row_weight.is_floating_point():
             raise TypeError(f"row_weight: expected a floating dtype, got {row_weight.dtype}")
@@ -242,7 +288,7 @@ def check_rows(
             "flatten them like the rows"
         )
     _check_device("shift_labels", shift_labels, student.input)
-    if _values_are_checked(shift_labels):
+    if num_tokens is not None and _values_are_checked(shift_labels):
         wrong = (shift_labels != ignore_index) & ((shift_labels < 0) | (shift_labels >= num_tokens))
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])

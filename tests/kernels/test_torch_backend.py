@@ -90,10 +90,10 @@ def test_weight_gradients_never_overwrite_logits_still_needed(num_rows: int, wid
 
 @pytest.mark.parametrize("columns", [1, 127, 128, 255, 256, 257, 640, 700])
 def test_argmax_is_torchs(columns: int):
-    from kdflow_kernels.torch_rows import _argmax
+    from kdflow_kernels.torch_rows import argmax
 
     z = torch.randn(50, columns, generator=torch.Generator().manual_seed(columns))
-    assert torch.equal(_argmax(z), z.argmax(-1, keepdim=True))
+    assert torch.equal(argmax(z), z.argmax(-1, keepdim=True))
 
 
 def student_near_its_teacher(seed: int = 0, vocab: int = 4000) -> dict[str, torch.Tensor]:

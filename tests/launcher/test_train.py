@@ -71,6 +71,7 @@ def test_run_exports_metrics_and_resolved_config(run_config) -> None:
 
 
 def test_two_ranks_and_two_teachers_match_one_of_each(run_config, tmp_path: Path) -> None:
+    """With a microbatch for each rank, and with one that they share."""
     exact = {
         "teacher__dtype": "float32",
         "student__compute_dtype": "float32",
@@ -78,15 +79,19 @@ def test_two_ranks_and_two_teachers_match_one_of_each(run_config, tmp_path: Path
     }
     one = run_config(output_dir=tmp_path / "one", **exact)
     two = run_config(output_dir=tmp_path / "two", student__num_ranks=2, teacher__num_workers=2, **exact)
-    for config in (one, two):
+    shared = run_config(output_dir=tmp_path / "shared", student__num_ranks=2, student__context_parallel=2, **exact)
+    configs = (one, two, shared)
+    for config in configs:
         result = train(config)
         assert result.returncode == 0, result.stderr
-    for kind, name in (("train", "loss"), ("train", "grad_norm"), ("eval", "kl")):
-        losses = [[m[name] for m in metrics_of(c, kind)] for c in (one, two)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-3), name
-    weights = [AutoModelForCausalLM.from_pretrained(Path(c.output_dir, "model")).state_dict() for c in (one, two)]
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weight, weights[1][name], atol=2e-2, rtol=2e-2)
+    for kind, name in (("train", "loss"), ("train", "grad_norm"), ("train", "student_entropy"), ("eval", "kl")):
+        losses, *others = [[m[name] for m in metrics_of(c, kind)] for c in configs]
+        for other in others:
+            assert losses == pytest.approx(other, rel=1e-3), name
+    weights, *others = [AutoModelForCausalLM.from_pretrained(Path(c.output_dir, "model")).state_dict() for c in configs]
+    for name, weight in weights.items():
+        for other in others:
+            torch.testing.assert_close(weight, other[name], atol=2e-2, rtol=2e-2)
 
 
 def test_ctrl_c_saves_and_resume_goes_on(run_config, tmp_path: Path) -> None:

@@ -29,14 +29,15 @@ def train(folder: Path, model: str, budget: int, options: dict[str, Any]):
     student = make_student(model, str(folder / "teacher"), num_steps=NUM_STEPS, learning_rate=1e-3, **options)
     rows = Rows(folder)
     losses, most = [], 0
+    share = options.get("context_parallel", 1)
     for step in training_steps(
         load_samples(folder),
         num_steps=NUM_STEPS,
         samples_per_step=4,
         tokens_per_microbatch=budget,
         seed=0,
-        rank=dist.get_rank(),
-        num_ranks=dist.get_world_size(),
+        rank=dist.get_rank() // share,
+        num_ranks=dist.get_world_size() // share,
     ):
         loss = torch.zeros(())
         most = max(most, len(step.microbatches))
@@ -96,9 +97,17 @@ CASES: dict[int, list[tuple[str, int, dict[str, Any]]]] = {
         ("tied", WHOLE, {}),
         ("untied", 128, {"activation_checkpointing": "full"}),
         ("tied", 128, {"activation_checkpointing": "selective", "cpu_offload": True}),
+        ("untied", WHOLE, {"vocab_parallel": True}),
+        ("untied", 128, {"vocab_parallel": True, "activation_checkpointing": "full", "cpu_offload": True}),
+        ("tied", CUT, {"context_parallel": 2}),
+        ("untied", WHOLE, {"context_parallel": 2, "activation_checkpointing": "full", "vocab_parallel": True}),
+        ("tied", WHOLE, {"context_parallel": 2, "activation_checkpointing": "selective"}),
         ("lora", WHOLE, LORA),
     ],
-    4: [("tied", WHOLE, {}), ("untied", WHOLE, {"replicate": 2})],
+    4: [
+        ("tied", WHOLE, {"context_parallel": 2}),
+        ("untied", WHOLE, {"replicate": 2, "vocab_parallel": True}),
+    ],
 }
 
 

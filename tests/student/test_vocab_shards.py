@@ -37,7 +37,7 @@ def shapes_of_heads(folder: Path, model: str) -> list[tuple[int, ...]]:
     (microbatch,) = step.microbatches
     student.forward_backward(microbatch, lambda: rows(microbatch), num_items=step.num_loss_tokens, last=True)
     weight = student.model.get_output_embeddings().weight
-    parts = (weight.to_local(), weight.grad.to_local(), student.module._teacher_head.weight)
+    parts = (weight.to_local(), weight.grad.to_local(), student.module._teacher_heads[""].weight)
     return [tuple(part.shape) for part in parts]
 
 

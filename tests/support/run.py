@@ -16,8 +16,11 @@ def command(config: RunConfig, *options: str) -> list[str]:
     return [sys.executable, "-c", "from kdflow.cli import main; main()", "train", str(path), *options]
 
 
-def train(config: RunConfig, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(config, *options), capture_output=True, text=True, timeout=240)
+def train(
+    config: RunConfig, *options: str, timeout_s: float = 240.0, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """In `folder`, or where the test is."""
+    return subprocess.run(command(config, *options), capture_output=True, text=True, timeout=timeout_s, cwd=folder)
 
 
 def metrics_of(config: RunConfig, kind: str) -> list[dict]:

@@ -15,8 +15,10 @@ from kdflow.config import load_config
 from support.run import command, metrics_of, train
 from support.sglang_engine import FAULTS, needs_sglang
 
-pytestmark = [needs_sglang, pytest.mark.timeout(600)]
+pytestmark = [needs_sglang, pytest.mark.timeout(900)]
 EXACT = {"teacher__dtype": "float32", "student__compute_dtype": "float32"}
+TIMEOUT_S = 540.0  # of a run; engines start in seconds, or in minutes on a busy machine
+ON_SGLANG = {"teacher__backend": "sglang", "transport__timeout_s": 300.0}
 
 
 def losses(config) -> dict[str, list[float]]:
@@ -39,7 +41,7 @@ def on_hf(run_config, tmp_path: Path):
 
     def run(**options: object):
         config = run_config(output_dir=tmp_path / "hf", **EXACT, **options)
-        result = train(config)
+        result = train(config, timeout_s=TIMEOUT_S)
         assert result.returncode == 0, result.stderr
         return config
 
@@ -55,7 +57,7 @@ def test_two_replicas_in_turns_with_the_student(run_config, on_hf, tmp_path: Pat
     options = {"training__num_steps": 12, "training__eval_every": 6, "training__tokens_per_microbatch": 128}
     config = run_config(
         output_dir=tmp_path / "sglang",
-        teacher__backend="sglang",
+        **ON_SGLANG,
         teacher__num_workers=2,
         teacher__check_every=3,
         transport__schedule="colocate",
@@ -63,7 +65,7 @@ def test_two_replicas_in_turns_with_the_student(run_config, on_hf, tmp_path: Pat
         **EXACT,
         **options,
     )
-    result = train(config)
+    result = train(config, timeout_s=TIMEOUT_S)
     assert result.returncode == 0, result.stderr
     assert_same(config, on_hf(**options))
     assert metrics_of(config, "train")[0]["teacher_tokens_per_s"] > 0
@@ -93,7 +95,7 @@ def test_killed_processes_change_no_number(run_config, on_hf, fault: Path, tmp_p
     options = {"training__num_steps": 40}
     config = run_config(
         output_dir=tmp_path / "sglang",
-        teacher__backend="sglang",
+        **ON_SGLANG,
         teacher__engine_args="{chunked_prefill_size: 64}",
         **EXACT,
         **options,
@@ -120,7 +122,7 @@ def test_killed_processes_change_no_number(run_config, on_hf, fault: Path, tmp_p
 
 
 def test_no_restart_left(run_config) -> None:
-    config = run_config(teacher__backend="sglang", teacher__max_restarts=0, training__num_steps=500)
+    config = run_config(**ON_SGLANG, teacher__max_restarts=0, training__num_steps=500)
     with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -136,7 +138,7 @@ def test_no_restart_left(run_config) -> None:
 
 def test_teacher_that_wakes_as_another_ends_the_run(run_config, fault: Path) -> None:
     """Its weights vanish in its sleep: the probe tells, and nothing is started again."""
-    config = run_config(teacher__backend="sglang", transport__schedule="colocate", training__num_steps=500)
+    config = run_config(**ON_SGLANG, transport__schedule="colocate", training__num_steps=500)
     with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -170,7 +172,7 @@ def test_the_main_job(tmp_path: Path) -> None:
             "data.num_eval_samples": 2,
         }
         config = load_config(example, [f"--{name}={value}" for name, value in options.items()])
-        result = subprocess.run(command(config), capture_output=True, text=True, timeout=400, cwd=example.parents[1])
+        result = train(config, timeout_s=TIMEOUT_S, folder=example.parents[1])
         assert result.returncode == 0, result.stderr
         found[backend] = losses(config)
     for name in ("train loss", "eval kl"):

@@ -37,8 +37,8 @@ class VocabShards:
     def __init__(self, model: Any, mesh: DeviceMesh, *, num_teachers: int) -> None:
         if num_teachers > 1:
             raise ConfigError(
-                f"student.vocab_parallel: expected a single teacher, got {num_teachers}; ranks may have rows of different "
-                "ones at a time, and cut heads need those of one; leave the option out"
+                f"student.vocab_parallel: expected a single teacher, got {num_teachers}; ranks may have rows of "
+                "different ones at a time, and cut heads need those of one; leave the option out"
             )
         head = model.get_output_embeddings()
         if head.weight is model.get_input_embeddings().weight:

@@ -145,9 +145,12 @@ def test_losses_are_those_worked_out_by_hand(make_config, straight: Path) -> Non
     assert {name: fingerprint[f"teacher {name}"] for name in TEACHERS} == models
 
 
-def test_two_ranks_and_three_workers_find_the_same(make_config, straight: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", ["overlap", "colocate"])
+def test_two_ranks_and_three_workers_find_the_same(make_config, straight: Path, tmp_path: Path, schedule: str) -> None:
     one = make_config(output_dir=straight)
-    two = make_config(output_dir=tmp_path / "two", student__num_ranks=2, code={"num_workers": 2})
+    two = make_config(
+        output_dir=tmp_path / "two", student__num_ranks=2, code={"num_workers": 2}, transport__schedule=schedule
+    )
     if not (straight / "model").exists():
         assert train(one).returncode == 0
     result = train(two)

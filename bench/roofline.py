@@ -24,7 +24,8 @@ from bench.environment import environment
 from bench.model import Row
 from bench.output import read_results, write_results
 from bench.sweep import Settings, run_case
-from kdflow.config import RunConfig, load_config
+from kdflow.config import RunConfig
+from kdflow.config_file import load_config
 from kdflow.plan import Plan, Rates, load_rates, make_plan, work
 from kdflow.plan.command import make_machine
 from kdflow.plan.plan import TAIL_STEPS, WARM_UP_STEPS, timed_steps

@@ -28,7 +28,7 @@ def _train(arguments: Sequence[str]) -> int:
     # Read once, when torch loads OpenMP: threads that wait for work sleep instead of spinning, so
     # that teacher and student may both use every core (a fifth more tokens/s on two cores).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from kdflow.config import config_parser, load_config
+    from kdflow.config_file import config_parser, load_config
 
     if any(a in ("-h", "--help") for a in arguments):
         config_parser().print_help()
@@ -57,7 +57,7 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", help="step-N, or best (default: the newest)")
     parser.add_argument("--output", help="folder to write (default: RUN/exports/step-N)")
     options = parser.parse_args(arguments)
-    from kdflow.config import load_config
+    from kdflow.config_file import load_config
     from kdflow.launcher.prepare import CONFIG_FILE
     from kdflow.modeling import hide_progress_bars
     from kdflow.student import CheckpointFolder, export_checkpoint

@@ -1,24 +1,20 @@
 """The configuration of a run: frozen dataclasses, each default in one place.
 
-`load_config` reads a YAML file and dotted overrides; nothing changes a config afterwards.
+config_file.py reads it from a YAML file and dotted overrides; nothing changes it afterwards.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from kdflow.errors import ConfigError
-from kdflow.registry import nearest
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
-
-_DICT_OPTIONS = ("algorithm.divergence_args", "teacher.engine_args")
 
 
 @dataclass(frozen=True)
@@ -463,110 +459,3 @@ def _check_sources(option: str, given: object, sources: Sequence[DataSource]) ->
     names = [item.source for item in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{option}: {twice[0]} is there twice: give it once, with the sum of the weights")
-
-
-def option_names(cls: type = RunConfig, prefix: str = "") -> list[str]:
-    """Every dotted option of a config class."""
-    names: list[str] = []
-    hints = get_type_hints(cls)
-    for item in fields(cls):
-        names.append(prefix + item.name)
-        if is_dataclass(kind := hints[item.name]) and isinstance(kind, type):
-            names += option_names(kind, f"{prefix}{item.name}.")
-    return names
-
-
-def config_parser(prog: str = "kdflow train") -> Any:
-    """A jsonargparse parser of `--config FILE` and every option of RunConfig."""
-    from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
-
-    parser = ArgumentParser(
-        prog=prog,
-        usage=f"{prog} [RUN.yaml] [--OPTION.NAME=VALUE ...] [--print_config]",
-        description="Distils a student from a teacher. Options of the command line win over the file.",
-        exit_on_error=False,
-        default_env=False,
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options")
-    parser.add_class_arguments(RunConfig)
-    return parser
-
-
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file and overrides such as `--training.num_steps=10`.
-
-    Raises:
-        ConfigError: a missing file, an unknown option (the nearest one is named), a value of
-            the wrong type or out of range.
-    """
-    from jsonargparse import ArgumentError
-
-    known = option_names()
-    arguments = list(overrides)
-    for argument in arguments:
-        name = argument.split("=", 1)[0].removeprefix("--")
-        if argument.startswith("--") and name not in (*known, "config", "print_config"):
-            _reject_unknown(name, known, "command line")
-    if path is not None:
-        _check_file(Path(path), known)
-        arguments.insert(0, f"--config={path}")
-    parser = config_parser()
-    try:
-        return _build(RunConfig, parser.parse_args(arguments).as_dict())
-    except ArgumentError as error:
-        raise ConfigError(f"{path or 'command line'}: {error}") from None
-
-
-def _check_file(path: Path, known: Sequence[str]) -> None:
-    import yaml
-
-    if not path.is_file():
-        raise ConfigError(f"config: no file {path}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected options by name, got {type(values).__name__}")
-    for name in _dotted(values):
-        _reject_unknown(name, known, str(path))
-
-
-def _dotted(values: dict[Any, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-
-
-def _reject_unknown(name: str, known: Sequence[str], where: str) -> None:
-    option = re.sub(r"^teachers\.[^.]*", "teacher", name)  # each has the options of the one
-    inside_dict = any(option.startswith(f"{prefix}.") for prefix in _DICT_OPTIONS)
-    if option not in known and not inside_dict:
-        raise ConfigError(f'{where}: unknown option "{name}"{nearest(option, known)}')
-
-
-def _build(cls: type, values: dict[str, Any]) -> Any:
-    hints = get_type_hints(cls)
-    return cls(**{item.name: _value(hints[item.name], values[item.name]) for item in fields(cls)})
-
-
-def _value(hint: Any, value: Any) -> Any:
-    """Sections, alone or in a list, as their dataclasses."""
-    if isinstance(value, dict) and isinstance(hint, type) and is_dataclass(hint):
-        return _build(hint, value)
-    if isinstance(value, dict) and get_origin(hint) is dict:
-        return {name: _value(get_args(hint)[1], item) for name, item in value.items()}
-    if isinstance(value, dict | list):
-        for kind in get_args(hint):
-            value = [_value(kind, item) for item in value] if isinstance(value, list) else _value(kind, value)
-    return value
-
-
-def dump_config(config: RunConfig) -> str:
-    """The config as YAML that `load_config` reads back."""
-    import yaml
-
-    values = asdict(config)
-    values["optimizer"]["betas"] = list(config.optimizer.betas)
-    return yaml.safe_dump(values, sort_keys=False)

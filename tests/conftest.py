@@ -56,7 +56,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_config(tiny: Path, tmp_path: Path):
     """A function that makes the config of a small run; keywords are dotted options with `__`."""
-    from kdflow.config import RunConfig, load_config
+    from kdflow.config import RunConfig
+    from kdflow.config_file import load_config
 
     def make(**options: object) -> RunConfig:
         values: dict[str, object] = {

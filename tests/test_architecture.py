@@ -18,7 +18,8 @@ ALLOWED = {
     "kdflow.types": set(),
     "kdflow.errors": set(),
     "kdflow.registry": {"kdflow.errors"},
-    "kdflow.config": {"kdflow.errors", "kdflow.registry"},
+    "kdflow.config": {"kdflow.errors"},
+    "kdflow.config_file": {"kdflow.config", "kdflow.errors", "kdflow.registry"},
     "kdflow.tracing": {"kdflow.config", "kdflow.errors"},
     DATA: LEAVES,
     TRANSPORT: LEAVES | {"kdflow._ring"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "kdflow.teacher": LEAVES | {DATA, TRANSPORT, MODELING},
     "kdflow.student": LEAVES | {DATA, TRANSPORT, MODELING, "kdflow.algorithms"},
     "kdflow.training": LEAVES | {DATA},
-    "kdflow.plan": LEAVES | {DATA, MODELING},
+    "kdflow.plan": LEAVES | {DATA, MODELING, "kdflow.config_file"},
     "kdflow.observe": LEAVES | {"kdflow.training"},
 }
 # Engines are imported in one place each; the loss in those that compute with it.

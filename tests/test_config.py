@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kdflow.config import DataSource, TeacherConfig, TrainingConfig, dump_config, load_config, option_names
+from kdflow.config import DataSource, TeacherConfig, TrainingConfig
+from kdflow.config_file import dump_config, load_config, option_names
 from kdflow.errors import ConfigError
 
 MINIMAL = ["--output_dir=o", "--teacher.model=t", "--student.model=s", "--data.train=d.jsonl"]
@@ -102,7 +103,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_options_are_documented() -> None:
     """Every option's help comes from its docstring; one without is a hole in `--help`."""
-    from kdflow.config import config_parser
+    from kdflow.config_file import config_parser
 
     text = config_parser().format_help()
     names = option_names()

@@ -21,7 +21,8 @@ from bench.cases.e2e_models import model_folders
 from bench.client import ROOT
 from bench.memory import GpuSampler, TreeSampler, process_tree
 from bench.model import KEEP, UnavailableError
-from kdflow.config import RunConfig, load_config
+from kdflow.config import RunConfig
+from kdflow.config_file import load_config
 from kdflow.data import Step, load_datasets, training_steps
 from kdflow.errors import ConfigError
 from kdflow.modeling import load_tokenizer, resolve_device, resolve_dtype

@@ -18,7 +18,7 @@ import torch
 from bench.cases.loss_providers import DTYPES, Inputs, Params, gemm_trial, loss_trial
 from bench.client import ROOT
 from bench.model import Trial, UnavailableError
-from kdflow.config import load_config
+from kdflow.config_file import load_config
 from kdflow.data import load_datasets
 from kdflow.errors import ConfigError
 from kdflow.modeling import forward_hidden_states, load_causal_lm, load_tokenizer, prune_layers

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kdflow.algorithms import ALGORITHMS, Algorithm, ModelInfo
-from kdflow.config import RunConfig, TeacherConfig, dump_config, load_config, teacher_option
+from kdflow.config import RunConfig, TeacherConfig, teacher_option
+from kdflow.config_file import dump_config, load_config
 from kdflow.data import Dataset, load_datasets
 from kdflow.errors import ConfigError
 from kdflow.modeling import load_model_config, load_tokenizer, resolve_device, resolve_dtype

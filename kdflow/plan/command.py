@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 
-from kdflow.config import RunConfig, load_config
+from kdflow.config import RunConfig
+from kdflow.config_file import load_config
 from kdflow.errors import ConfigError, DataError
 from kdflow.modeling import hide_progress_bars, resolve_device, resolve_dtype
 from kdflow.plan.plan import TAIL_STEPS, WARM_UP_STEPS, Machine, Plan, make_plan

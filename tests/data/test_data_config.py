@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kdflow.config import DataSource, RunConfig, dump_config, load_config
+from kdflow.config import DataSource, RunConfig
+from kdflow.config_file import dump_config, load_config
 from kdflow.errors import ConfigError
 
 MINIMAL = ["--output_dir=o", "--teacher.model=t", "--student.model=s"]

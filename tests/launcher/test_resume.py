@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdflow.config import RunConfig, dump_config
+from kdflow.config import RunConfig
+from kdflow.config_file import dump_config
 from kdflow.student import CheckpointFolder, read_weights
 from support.processes import Spawned
 from support.run import metrics_of

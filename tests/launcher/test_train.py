@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdflow.config import load_config
+from kdflow.config_file import load_config
 from support.run import command, metrics_of, train
 
 

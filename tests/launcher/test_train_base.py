@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdflow.config import dump_config
+from kdflow.config_file import dump_config
 from kdflow.errors import ConfigError
 from support.processes import Spawned
 from support.run import metrics_of

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdflow.config import TeacherConfig, load_config
+from kdflow.config import TeacherConfig
+from kdflow.config_file import load_config
 from kdflow.teacher import TEACHERS
 from support.run import metrics_of, train
 

@@ -23,7 +23,7 @@ from support.tiny import make_config
 
 @pytest.fixture(scope="module")
 def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    from kdflow.config import load_config
+    from kdflow.config_file import load_config
 
     folder = tmp_path_factory.mktemp("sft")
     options = {

@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 from transformers import LlamaForCausalLM
 
-from kdflow.config import RunConfig, dump_config
+from kdflow.config import RunConfig
+from kdflow.config_file import dump_config
 from kdflow.errors import ConfigError
 from kdflow.plan import GPUS, Rates, load_rates
 from kdflow.plan.command import make_machine

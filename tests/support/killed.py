@@ -23,7 +23,7 @@ def run_straight_and_killed(straight: str, killed: str, num_kills: int, seed: in
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
 
-    from kdflow.config import load_config
+    from kdflow.config_file import load_config
     from kdflow.student import CheckpointFolder
 
     torch.set_num_threads(1)
@@ -67,7 +67,7 @@ def _run_to_its_end(config_file: str, *, resume: bool) -> None:
 
 def _start(config_file: str, *, resume: bool) -> list[int]:
     """A run of one rank as the launcher makes it, with its teachers; several ranks as torch elastic would."""
-    from kdflow.config import load_config
+    from kdflow.config_file import load_config
     from kdflow.launcher.local import run
     from kdflow.launcher.prepare import open_output
     from kdflow.launcher.rank import RankSpec, run_rank

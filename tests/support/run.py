@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kdflow.config import RunConfig, dump_config
+from kdflow.config import RunConfig
+from kdflow.config_file import dump_config
 
 
 def command(config: RunConfig, *options: str) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kdflow.config import load_config
+from kdflow.config_file import load_config
 from support.run import command, metrics_of, train
 from support.sglang_engine import FAULTS, needs_sglang
 

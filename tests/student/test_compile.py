@@ -35,10 +35,10 @@ def train(folder: Path, options: dict[str, Any]):
             last = microbatch is step.microbatches[-1]
             output = student.forward_backward(microbatch, own_rows, num_items=step.num_loss_tokens, last=last)
             losses.append(output.loss.item())
-        losses.append(student.evaluate(microbatch, own_rows, num_items=step.num_loss_tokens).kd_loss.item())
         if step.index == 0:
             gradients = {n: whole(p.grad).clone() for n, p in student.model.named_parameters()}
         student.optimizer_step(step.index)
+        losses.append(student.evaluate(microbatch, own_rows, num_items=step.num_loss_tokens).kd_loss.item())
         graphs.append(counters["stats"]["unique_graphs"])
         torch._dynamo.config.error_on_recompile = True
     torch._dynamo.config.error_on_recompile = False

@@ -26,13 +26,14 @@ def make_student(
     *,
     num_steps: int = 8,
     learning_rate: float = 3e-3,
+    eps: float = 1e-8,
     device: torch.device = CPU,
     **options: Any,
 ) -> FSDP2Student:
     info = ModelInfo("tiny", {}, 384)
     return FSDP2Student(
         StudentConfig(model, compute_dtype=options.pop("compute_dtype", "float32"), **options),
-        OptimizerConfig(learning_rate=learning_rate, warmup_steps=1),
+        OptimizerConfig(learning_rate=learning_rate, warmup_steps=1, eps=eps),
         algorithms={"": ALGORITHMS.get("vanilla")(AlgorithmConfig(**CONFIG), student=info, teacher=info)},
         teacher_heads={"": load_lm_head(teacher, torch.float32).to(device) if teacher else None},
         device=device,

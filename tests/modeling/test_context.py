@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import MistralConfig, MistralForCausalLM
 
-from kdflow.modeling import PACKED_ATTENTION, ContextKeys, ContextSplit, forward_hidden_states
+from kdflow.modeling import PACKED_ATTENTION, ContextKeys, ContextSplit, forward_decoder, forward_hidden_states
 from support.ranks import run_on_ranks
 
 LENGTHS = (37, 3, 1, 24)
@@ -71,7 +71,7 @@ def furthest(lengths: tuple[int, ...], sliding_window: int | None) -> float:
     own = torch.from_numpy(split.tokens)
     parted = make_model(sliding_window)
     context = ContextKeys(split, group, torch.device("cpu"))
-    hidden = forward_hidden_states(parted.base_model, ids[own], positions[own], lengths, context)
+    hidden = forward_decoder(parted.base_model, ids[own], positions[own], lengths, context).last_hidden_state[0]
     (hidden * weight[own] * (0.0 if split.is_stand_in else 1.0)).sum().backward()
     errors = [(hidden - expected[own]).abs().max()]
     for found, true in zip(parted.base_model.parameters(), whole.base_model.parameters(), strict=True):

@@ -375,21 +375,6 @@ class RunConfig:
             _check(name, part := _get(self, name), 0 <= part <= 1, "between 0 and 1")
         ranks, replicas = self.student.num_ranks, self.student.replicate
         _check("student.replicate", replicas, ranks % replicas == 0, f"a divisor of the {ranks} ranks")
-        if self.teacher.is_base:
-            _check(
-                "teacher.backend base: student.lora.rank",
-                self.student.lora.rank,
-                self.student.lora.rank > 0,
-                "more than 0",
-            )
-            _check(
-                "teacher.backend base: teacher.model",
-                self.teacher.model,
-                self.teacher.model in ("", self.student.model),
-                "nothing, as the teacher is student.model",
-            )
-            cut = self.student.context_parallel > 1 or self.student.vocab_parallel
-            _check("teacher.backend base: context_parallel or vocab_parallel of the student", cut, not cut, "neither")
         size = self.student.context_parallel
         _check("student.context_parallel", size, ranks % size == 0, f"a divisor of the {ranks} ranks")
         _check_data(self.data)
@@ -409,6 +394,11 @@ class RunConfig:
 def teacher_option(name: str) -> str:
     """Where the config has this teacher."""
     return f"teachers.{name}" if name else "teacher"
+
+
+def named(what: str, name: str) -> str:
+    """`teacher math`, or `teacher` alone where it has no name."""
+    return f"{what} {name}".strip()
 
 
 def _get(config: RunConfig, dotted: str) -> Any:
@@ -437,6 +427,22 @@ def _check_teachers(config: RunConfig) -> None:
         for option, low in at_least.items():
             value = getattr(teacher, option)
             _check(f"{teacher_option(name)}.{option}", value, value >= low, f"at least {low}")
+    if config.teacher.is_base:
+        _check_base(config.teacher, config.student)
+    if config.transport.schedule == "colocate" and config.student.context_parallel > 1:
+        raise ConfigError(
+            "transport.schedule: colocate needs every rank to ask teachers, and of those that share a microbatch "
+            "(student.context_parallel) one asks; use overlap, or context_parallel 1"
+        )
+
+
+def _check_base(teacher: TeacherConfig, student: StudentConfig) -> None:
+    where = "teacher.backend base:"
+    _check(f"{where} student.lora.rank", student.lora.rank, student.lora.rank > 0, "more than 0")
+    same = teacher.model in ("", student.model)
+    _check(f"{where} teacher.model", teacher.model, same, "nothing, as the teacher is student.model")
+    cut = student.context_parallel > 1 or student.vocab_parallel
+    _check(f"{where} context_parallel or vocab_parallel of the student", cut, not cut, "neither")
 
 
 def _check_data(data: DataConfig) -> None:

@@ -69,6 +69,19 @@ def test_dump_reads_back(tmp_path: Path) -> None:
         (["--teacher.model=", "--teachers={math: {}}"], "teachers.math.model: expected a folder or hub id"),
         (["--teacher.model=", "--teachers={a.b: {model: m}}"], "expected names of letters, digits, _ and -, got 'a.b'"),
         (["--teacher.model=", "--teachers={a: {model: m, tp_size: 0}}"], "teachers.a.tp_size: expected at least 1"),
+        (
+            ["--teacher.backend=base", "--teacher.model="],
+            "base: student.lora.rank: expected more than 0, got 0",
+        ),
+        (
+            ["--teacher.backend=base", "--teacher.model=s", "--student.lora.rank=4", "--student.vocab_parallel=true"],
+            "context_parallel or vocab_parallel of the student: expected neither",
+        ),
+        (["--student.num_ranks=2", "--student.context_parallel=3"], "expected a divisor of the 2 ranks, got 3"),
+        (
+            ["--student.num_ranks=2", "--student.context_parallel=2", "--transport.schedule=colocate"],
+            "use overlap, or context_parallel 1",
+        ),
         (["--teachers.math.modle=m"], 'unknown option "teachers.math.modle"; did you mean "teacher.model"'),
     ],
 )

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdflow.config import RunConfig, TeacherConfig
+from kdflow.config import RunConfig, TeacherConfig, named
 from kdflow.errors import TransportError
 from kdflow.launcher.prepare import Prepared, open_output, prepare
 from kdflow.launcher.rank import RankSpec, Rings, run_rank
@@ -76,7 +76,7 @@ def _start_teachers(
     requests = {
         name: stack.enter_context(
             RequestRing.create(
-                name=f"requests {name}".strip(),
+                name=named("requests", name),
                 num_slots=num_ranks * transport.num_slots,
                 slot_bytes=request_bytes(config.training.tokens_per_microbatch),
             )

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from kdflow.config import RunConfig, TeacherConfig
+from kdflow.config import RunConfig, TeacherConfig, named
 from kdflow.launcher.prepare import Prepared, prepare
 from kdflow.modeling import hide_progress_bars, load_lm_head, resolve_device, resolve_dtype
 from kdflow.observe import Progress, Recorder
@@ -169,11 +169,11 @@ def _load_student(prepared: Prepared, device: torch.device) -> FSDP2Student:
 
     def head(teacher: TeacherConfig) -> LMHead | None:
         if not prepared.uses_teacher:
-            return LMHead(torch.empty(0, 0)).to(device)
+            return LMHead(torch.empty(0, 0))
         if teacher.is_base:
             return None
         dtype = resolve_dtype(teacher.dtype, resolve_device(teacher.device))
-        return load_lm_head(teacher.model, dtype).to(device)
+        return load_lm_head(teacher.model, dtype)
 
     return FSDP2Student(
         config.student,
@@ -190,7 +190,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, str]:
     found = {f"data {source}": digest[:16] for source, digest in prepared.train.digests.items()}
     if prepared.uses_teacher:
         teachers = prepared.config.named_teachers()
-        found |= {f"teacher {name}".strip(): teacher.model for name, teacher in teachers.items()}
+        found |= {named("teacher", name): teacher.model for name, teacher in teachers.items()}
     return found
 
 

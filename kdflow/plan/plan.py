@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kdflow.config import RunConfig
+from kdflow.config import RunConfig, named
 from kdflow.plan import work
 from kdflow.plan.memory import Memory, student_memory, teacher_memory
 from kdflow.plan.rates import Rates
@@ -119,11 +119,6 @@ def make_plan(
 
 def timed_steps(workload: Workload) -> Sequence[Sequence[Sequence[Piece]]]:
     return workload.steps[WARM_UP_STEPS : len(workload.steps) - TAIL_STEPS]
-
-
-def named(what: str, name: str) -> str:
-    """`teacher math`, or `teacher` alone where it has no name."""
-    return f"{what} {name}".strip()
 
 
 def _prefill(name: str) -> str:

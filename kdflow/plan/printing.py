@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from kdflow.config import named
 from kdflow.plan.memory import Memory
-from kdflow.plan.plan import Plan, named
+from kdflow.plan.plan import Plan
 from kdflow.plan.shapes import ModelShape
 
 GIB, MIB = 2**30, 2**20

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from kdflow.config import DataConfig, LoraConfig
-from kdflow.data import load_datasets, training_steps
+from kdflow.data import load_datasets
 from kdflow.modeling import load_tokenizer
 from support.ranks import run_on_ranks
-from support.student import Rows, make_student, whole
+from support.student import Rows, make_student, rank_steps, whole
 from support.tiny import with_dropout
 
 pytest.importorskip("peft")
@@ -29,14 +29,11 @@ def train(folder: Path, teacher: str | None, options: dict[str, Any]):
     )
     samples = load_datasets(data, load_tokenizer(str(folder / "teacher")), 0)[0].samples
     losses = []
-    for step in training_steps(
+    for step in rank_steps(
         samples,
         num_steps=4,
         samples_per_step=4,
         tokens_per_microbatch=256,
-        seed=0,
-        rank=dist.get_rank(),
-        num_ranks=dist.get_world_size(),
     ):
         for m in step.microbatches:
             assert m.teacher is not None

@@ -10,12 +10,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
-from kdflow.data import training_steps
 from kdflow.errors import CheckpointError
 from kdflow.student import CheckpointFolder, CheckpointStore, FSDP2Student
 from kdflow.student.checkpoint_folder import CheckpointInfo
 from support.ranks import run_on_ranks
-from support.student import Rows, load_samples, make_student
+from support.student import Rows, load_samples, make_student, rank_steps
 from support.tiny import make_config, with_dropout
 
 
@@ -37,14 +36,11 @@ def go_on(folder: Path, model: str, store: Path, options: dict[str, Any], start:
         assert found is not None
         assert found.num_steps_done == start
     losses = []
-    for step in training_steps(
+    for step in rank_steps(
         load_samples(folder),
         num_steps=8,
         samples_per_step=4,
         tokens_per_microbatch=256,
-        seed=0,
-        rank=dist.get_rank(),
-        num_ranks=dist.get_world_size(),
         start=start,
     ):
         loss = torch.zeros(())

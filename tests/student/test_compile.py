@@ -9,26 +9,21 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch._dynamo.utils import counters
 
-from kdflow.data import training_steps
 from support.ranks import run_on_ranks
-from support.student import Rows, load_samples, make_student, whole
+from support.student import Rows, load_samples, make_student, rank_steps, whole
 
 
 def train(folder: Path, options: dict[str, Any]):
     """Steps that differ in numbers, lengths and sum of samples; (losses, first gradient, graphs after each step)."""
     student, rows = make_student(str(folder / "student"), str(folder / "teacher"), **options), Rows(folder)
     losses, gradients, graphs = [], {}, []
-    for step in training_steps(
+    for step in rank_steps(
         load_samples(folder),
         num_steps=5,
         samples_per_step=6,
         tokens_per_microbatch=200,
-        seed=0,
-        rank=dist.get_rank(),
-        num_ranks=dist.get_world_size(),
     ):
         for microbatch in step.microbatches:
             own_rows = partial(rows, microbatch)

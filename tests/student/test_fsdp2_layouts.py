@@ -12,9 +12,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaForCausalLM
 
 from kdflow.config import LoraConfig
-from kdflow.data import training_steps
 from support.ranks import run_on_ranks
-from support.student import Rows, load_samples, make_student, whole
+from support.student import Rows, load_samples, make_student, rank_steps, whole
 from support.tiny import make_config
 
 NUM_STEPS, WHOLE, CUT = 20, 9999, 160
@@ -31,15 +30,12 @@ def train(folder: Path, model: str, budget: int, options: dict[str, Any]):
     student = make_student(model, str(folder / "teacher"), num_steps=NUM_STEPS, learning_rate=1e-3, **options)
     rows = Rows(folder)
     losses, most = [], 0
-    share = options.get("context_parallel", 1)
-    for step in training_steps(
+    for step in rank_steps(
         load_samples(folder),
         num_steps=NUM_STEPS,
         samples_per_step=4,
         tokens_per_microbatch=budget,
-        seed=0,
-        rank=dist.get_rank() // share,
-        num_ranks=dist.get_world_size() // share,
+        ranks_per_microbatch=options.get("context_parallel", 1),
     ):
         loss = torch.zeros(())
         most = max(most, len(step.microbatches))
@@ -129,14 +125,11 @@ def test_every_layout_is_the_straight_run(
 def count_reductions(folder: Path, model: str):
     """Reduce-scatters of a step's first and last microbatch."""
     student, rows = make_student(model, str(folder / "teacher")), Rows(folder)
-    (step,) = training_steps(
+    (step,) = rank_steps(
         load_samples(folder),
         num_steps=1,
         samples_per_step=8,
         tokens_per_microbatch=128,
-        seed=0,
-        rank=dist.get_rank(),
-        num_ranks=dist.get_world_size(),
     )
     counts = []
     for microbatch in step.microbatches:

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from test_checkpoint import go_on, weights_of
 from transformers import LlamaForCausalLM
 
 from kdflow.data import training_steps
 from kdflow.errors import ConfigError
 from support.ranks import run_on_ranks
-from support.student import Rows, load_samples, make_student
+from support.student import Rows, load_samples, make_student, rank_steps
 from support.tiny import make_config
 
 PARALLEL = {"vocab_parallel": True}
@@ -49,14 +48,11 @@ def test_no_rank_has_a_whole_head(tiny: Path, tmp_path: Path, untied: str) -> No
 def one_step(folder: Path, model: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Weights after a step of two samples."""
     student, rows = make_student(model, str(folder / "teacher"), **options), Rows(folder)
-    (step,) = training_steps(
+    (step,) = rank_steps(
         load_samples(folder),
         num_steps=1,
         samples_per_step=2,
         tokens_per_microbatch=512,
-        seed=0,
-        rank=dist.get_rank(),
-        num_ranks=dist.get_world_size(),
     )
     (microbatch,) = step.microbatches
     student.forward_backward(microbatch, lambda: rows(microbatch), num_items=step.num_loss_tokens, last=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from kdflow.algorithms import ALGORITHMS, ModelInfo
 from kdflow.config import AlgorithmConfig, DataConfig, OptimizerConfig, StudentConfig, TeacherConfig
-from kdflow.data import load_datasets
+from kdflow.data import Step, load_datasets, training_steps
 from kdflow.modeling import load_lm_head, load_tokenizer
 from kdflow.student import FSDP2Student
 from kdflow.teacher import TEACHERS
@@ -35,7 +37,7 @@ def make_student(
         StudentConfig(model, compute_dtype=options.pop("compute_dtype", "float32"), **options),
         OptimizerConfig(learning_rate=learning_rate, warmup_steps=1, eps=eps),
         algorithms={"": ALGORITHMS.get("vanilla")(AlgorithmConfig(**CONFIG), student=info, teacher=info)},
-        teacher_heads={"": load_lm_head(teacher, torch.float32).to(device) if teacher else None},
+        teacher_heads={"": load_lm_head(teacher, torch.float32) if teacher else None},
         device=device,
         num_steps=num_steps,
     )
@@ -58,6 +60,28 @@ class Rows:
         if len(out):
             self._teacher.prefill(microbatch, out)
         return out
+
+
+def rank_steps(
+    samples: Sequence[Sample],
+    *,
+    num_steps: int,
+    samples_per_step: int,
+    tokens_per_microbatch: int,
+    start: int = 0,
+    ranks_per_microbatch: int = 1,
+) -> Iterator[Step]:
+    """Steps as this rank of the process group has them."""
+    return training_steps(
+        samples,
+        num_steps=num_steps,
+        samples_per_step=samples_per_step,
+        tokens_per_microbatch=tokens_per_microbatch,
+        seed=0,
+        rank=dist.get_rank() // ranks_per_microbatch,
+        num_ranks=dist.get_world_size() // ranks_per_microbatch,
+        start=start,
+    )
 
 
 def load_samples(folder: Path) -> list[Sample]:

@@ -8,7 +8,7 @@ samples of a microbatch padded to the longest, and a model under autocast as one
 
 Its other cases are packing alone: steps of 4 (the quickstart's own), 16 and 32 samples, packed, and in one batch padded
 to the longest sample, tokens/s of the samples' own tokens. The loss gets the same rows of both; the last provider gives
-it all positions of the padded batch, as one does who takes a model's logits and ignores labels.
+it all positions of the padded batch, masked afterwards, as one does who takes a model's own logits.
 """
 
 from __future__ import annotations

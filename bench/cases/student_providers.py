@@ -199,7 +199,7 @@ def padded_batches(params: Params, *, every_position: bool = False) -> Trial:
 
 
 def padded_logits(params: Params) -> Trial:
-    """The same with all positions in the loss, most of them ignored there, as where a model's own logits are used."""
+    """The same with logits of all positions, masked afterwards, as where a model's own logits are used."""
     return padded_batches(params, every_position=True)
 
 
@@ -259,19 +259,19 @@ class _Loop:
         sample = np.searchsorted(starts, microbatch.loss_rows, side="right") - 1
         return to_device(sample * longest + microbatch.loss_rows - starts[sample], self._device)
 
-    def _targets(self, number: int, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Teacher rows and labels, for the positions that the loss gets."""
+    def _targets(self, number: int, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Teacher rows, labels and weights, for the positions that the loss gets."""
         rows, labels = self._rows[number], to_device(microbatch.shift_labels(), self._device)
         if not self._every_position:
-            return rows, labels
-        places, num_places = (
-            self._places(microbatch),
-            len(microbatch.sequence_lengths) * max(microbatch.sequence_lengths),
-        )
-        all_labels = torch.full((num_places,), -100, dtype=labels.dtype, device=self._device)
+            return rows, labels, None
+        places = self._places(microbatch)
+        num_places = len(microbatch.sequence_lengths) * max(microbatch.sequence_lengths)
+        # An ignored label would let the loss drop the row; a weight of zero keeps its logits and takes their effect.
+        all_labels = torch.zeros(num_places, dtype=labels.dtype, device=self._device)
         all_rows = torch.zeros((num_places, rows.shape[1]), dtype=rows.dtype, device=self._device)
-        all_labels[places], all_rows[places] = labels, rows
-        return all_rows, all_labels
+        weights = torch.zeros(num_places, device=self._device)
+        all_labels[places], all_rows[places], weights[places] = labels, rows, 1.0
+        return all_rows, all_labels, weights
 
     def run(self, rows: Callable[[Microbatch], torch.Tensor]) -> float:
         first = self._step(self._job.measured_steps[0], rows, 0)
@@ -285,13 +285,14 @@ class _Loop:
         head, options = self._model.get_output_embeddings().weight, self._job.config.optimizer
         total = torch.zeros((), device=self._device)
         for number, microbatch in enumerate(step.microbatches, start=first):
-            teacher_rows, labels = self._targets(number, microbatch)
+            teacher_rows, labels, weights = self._targets(number, microbatch)
             loss = fused_kd_loss(
                 rows(microbatch).to(self._dtype),
                 head.to(self._dtype),
                 teacher_rows,
                 self._teacher_head.weight,
                 labels,
+                row_weight=weights,
                 num_items=step.num_loss_tokens,
             ).loss
             loss.backward()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kdflow.config import RunConfig, TeacherConfig, named
 from kdflow.errors import TransportError
-from kdflow.launcher.prepare import Prepared, open_output, prepare
+from kdflow.launcher.prepare import Prepared, locked_output, open_output, prepare
 from kdflow.launcher.rank import RankSpec, Rings, run_rank
 from kdflow.launcher.teachers import TeacherProcess, check_teachers
 from kdflow.modeling import hide_progress_bars, resolve_device
@@ -32,13 +32,18 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
     """
     hide_progress_bars()
     prepared = prepare(config)
-    folder = open_output(config)
-    say(f"train: {prepared.train.report}")
-    if prepared.held_out is not None:
-        say(f"held out: {prepared.held_out.report}")
     with ExitStack() as stack:
-        # Entered first: the processes have ended when it merges what they wrote.
-        stack.enter_context(merged_timeline(config.profile, folder / FOLDER, config.transport.num_slots))
+        stack.enter_context(locked_output(config))
+        folder = open_output(config)
+        say(f"train: {prepared.train.report}")
+        if prepared.held_out is not None:
+            say(f"held out: {prepared.held_out.report}")
+        # Entered before them: the processes have ended when it merges what they wrote.
+        stack.enter_context(
+            merged_timeline(
+                config.profile, folder / FOLDER, config.transport.num_slots, config.student.context_parallel
+            )
+        )
         rings, teachers = None, []
         if prepared.starts_teachers:
             rings, teachers = _start_teachers(prepared, folder, say, stack)

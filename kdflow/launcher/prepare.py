@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ from kdflow.errors import ConfigError
 from kdflow.modeling import load_model_config, load_tokenizer, resolve_device, resolve_dtype
 from kdflow.teacher import TEACHERS
 from kdflow.tracing import FOLDER
+from kdflow_kernels import get_divergence
 
 CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".lock"
 # What a run writes into its folder, and so what `overwrite` may delete.
 RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "logs", "model", "exports", FOLDER)
 
@@ -75,6 +80,8 @@ def prepare(config: RunConfig) -> Prepared:
         name: make_algorithm(config.algorithm, student=student, teacher=teacher_info(name, teacher))
         for name, teacher in teachers.items()
     }
+    if uses_teacher and config.student.vocab_parallel:
+        _check_divergence_of_parts(config)
     train, held_out = load_datasets(config.data, student_tokenizer, config.seed, tuple(teachers))
     started = [teacher for teacher in teachers.values() if uses_teacher and not teacher.is_base]
     row_bytes = max(map(_row_bytes, started), default=0)
@@ -87,6 +94,16 @@ def prepare(config: RunConfig) -> Prepared:
         held_out=held_out,
         slot_bytes=config.training.tokens_per_microbatch * row_bytes,
     )
+
+
+def _check_divergence_of_parts(config: RunConfig) -> None:
+    divergence = get_divergence(config.algorithm.divergence, **config.algorithm.divergence_args)
+    if not divergence.is_pointwise():
+        raise ConfigError(
+            f"student.vocab_parallel: algorithm.divergence {divergence.name} needs whole rows, and with cut heads a "
+            "rank has its own tokens alone; choose a sum over the vocabulary, such as forward_kl or jsd, or leave the "
+            "option out"
+        )
 
 
 def _row_bytes(teacher: TeacherConfig) -> int:
@@ -107,6 +124,27 @@ def _model_info(model: str) -> tuple[Any, ModelInfo]:
     text_config = load_model_config(model).get_text_config()
     tokenizer = load_tokenizer(model)
     return tokenizer, ModelInfo(model, tokenizer.get_vocab(), text_config.vocab_size)
+
+
+@contextmanager
+def locked_output(config: RunConfig) -> Iterator[None]:
+    """Makes the output folder and keeps it for this process; the kernel lets go of it when the process is gone.
+
+    Raises:
+        ConfigError: another run is writing there.
+    """
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"output_dir: another run is writing to {folder}; wait for its end, or choose another folder"
+            ) from None
+        except OSError:  # a filesystem without locks: two runs in one folder are the user's to avoid there
+            pass
+        yield
 
 
 def open_output(config: RunConfig) -> Path:

@@ -35,12 +35,13 @@ class Span:
 
 
 @contextmanager
-def merged_timeline(config: ProfileConfig, folder: Path, num_slots: int) -> Iterator[None]:
+def merged_timeline(config: ProfileConfig, folder: Path, num_slots: int, ranks_per_ring: int) -> Iterator[None]:
     """Merges what the processes wrote meanwhile, however the run ends, into `timeline.json`.
 
     Args:
         folder: where the processes write `spans/`.
         num_slots: of each ring.
+        ranks_per_ring: neighbouring students that share microbatches; the first of them has the ring.
     """
     if not config.timeline:
         yield
@@ -50,14 +51,14 @@ def merged_timeline(config: ProfileConfig, folder: Path, num_slots: int) -> Iter
     try:
         yield
     finally:
-        merge(folder, num_slots)
+        merge(folder, num_slots, ranks_per_ring)
 
 
-def merge(folder: Path, num_slots: int) -> None:
+def merge(folder: Path, num_slots: int, ranks_per_ring: int = 1) -> None:
     """Writes `timeline.json` from `spans/`, where there are any."""
     spans = [span for path in sorted((folder / "spans").glob("*.jsonl")) for span in read_spans(path)]
     if spans:
-        write_timeline(folder / "timeline.json", [*spans, *ring_spans(spans, num_slots)])
+        write_timeline(folder / "timeline.json", [*spans, *ring_spans(spans, num_slots, ranks_per_ring)])
 
 
 def read_spans(path: Path) -> list[Span]:
@@ -76,7 +77,7 @@ def read_spans(path: Path) -> list[Span]:
         raise DataError(f"{path}: expected spans of a run, as --profile.timeline=true has them written") from None
 
 
-def ring_spans(spans: list[Span], num_slots: int) -> list[Span]:
+def ring_spans(spans: list[Span], num_slots: int, ranks_per_ring: int = 1) -> list[Span]:
     """What each slot did for each record: filling, full, being read.
 
     The student's microbatches are numbered as its requests are, and a request's number is its slot.
@@ -84,18 +85,18 @@ def ring_spans(spans: list[Span], num_slots: int) -> list[Span]:
     reserved = {_record(s): s.end_ns for s in spans if s.role == "teacher" and s.name == "wait for slot"}
     published = {_record(s): s.end_ns for s in spans if s.role == "teacher" and s.name == "publish"}
     found: list[Span] = []
-    host = [s for s in spans if s.role == "student" and s.track == "host"]
-    received = {_record(s): s.end_ns for s in host if s.name == "receive wait"}
-    released = {_record(s): s.start_ns for s in host if s.name == "release"}
-    for (rank, ticket), end in released.items():
-        key = (rank, ticket)
+    host = [s for s in spans if s.role == "student" and s.track == "host" and s.index % ranks_per_ring == 0]
+    received = {_record(s, ranks_per_ring): s.end_ns for s in host if s.name == "receive wait"}
+    released = {_record(s, ranks_per_ring): s.start_ns for s in host if s.name == "release"}
+    for key, end in released.items():
+        ring, ticket = key
         if not (key in reserved and key in published and key in received):
             continue
         # The student may have the record before the teacher's call that published it returns.
         full = min(published[key], received[key])
         track, args = f"slot {ticket % num_slots}", {"ticket": ticket}
         found += [
-            Span("ring", rank, track, name, start, stop, args)
+            Span("ring", ring, track, name, start, stop, args)
             for name, start, stop in (
                 ("filling", reserved[key], full),
                 ("full", full, received[key]),
@@ -106,9 +107,9 @@ def ring_spans(spans: list[Span], num_slots: int) -> list[Span]:
     return found
 
 
-def _record(span: Span) -> tuple[int, int]:
-    rank = span.args.get("rank", span.index)
-    return rank, span.args["ticket"]
+def _record(span: Span, ranks_per_ring: int = 1) -> tuple[int, int]:
+    """Ring and ticket; teachers write in their arguments whose ring it is."""
+    return span.args.get("rank", span.index // ranks_per_ring), span.args["ticket"]
 
 
 def write_timeline(path: Path, spans: list[Span]) -> None:

@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 sys.path[:0] = {path!r}
 from kdflow_kernels import fused_kd_loss
 
-N, V, Hs, Ht, dtype = 512, 24000, 96, 128, torch.{dtype}
+N, V, Hs, Ht, dtype = {num_rows}, 24000, 96, 128, torch.{dtype}
 make = lambda *shape: torch.randn(*shape).mul_(0.3).to(dtype)
 h, w, ht, wt = make(N, Hs).requires_grad_(), make(V, Hs).requires_grad_(), make(N, Ht), make(V, Ht)
 
@@ -52,9 +52,9 @@ print(peak(step))
 """
 
 
-def peak_bytes(name: str, dtype: str) -> int:
+def peak_bytes(name: str, dtype: str, num_rows: int = 512) -> int:
     """Peak resident memory above inputs and gradients, in a process of its own."""
-    code = MEASURE.format(path=sys.path, name=name, dtype=dtype)
+    code = MEASURE.format(path=sys.path, name=name, dtype=dtype, num_rows=num_rows)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     return int(done.stdout)
 
@@ -64,6 +64,13 @@ def test_peak_memory_is_far_below_eagers():
     ours, eager = peak_bytes("ours", "float32"), peak_bytes("eager", "float32")
     assert eager > 200e6  # full logits, several times: else this measures nothing
     assert ours < eager / 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_does_not_grow_with_the_rows():
+    few, many = (peak_bytes("ours", "float32", num_rows) for num_rows in (1024, 4096))
+    assert few > 512 * 24000 * 4  # a chunk's logits of the student: else this measures nothing
+    assert many - few < 0.05 * 3072 * 24000 * 4  # of the logits of the rows more
 
 
 @pytest.mark.parametrize("num_rows", [3, 8, 9, 20, 24])

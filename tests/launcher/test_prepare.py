@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from kdflow.errors import ConfigError, DataError
-from kdflow.launcher.local import list_workers
-from kdflow.launcher.prepare import RUN_ENTRIES, open_output, prepare
+from kdflow.launcher.local import list_workers, run
+from kdflow.launcher.prepare import RUN_ENTRIES, locked_output, open_output, prepare
 from support.tiny import make_config, make_tokenizer
 
 
@@ -39,6 +39,7 @@ def test_prepared(run_config) -> None:
         ({"algorithm__divergence": "fkl"}, ConfigError, "forward_kl"),
         ({"algorithm__divergence": "jsd", "algorithm__divergence_args": "{beta: 2}"}, ConfigError, "beta"),
         ({"algorithm__divergence_args": "{bta: 1}"}, ConfigError, "bta"),
+        ({"algorithm__divergence": "top1_ce", "student__vocab_parallel": "true"}, ConfigError, "needs whole rows"),
         ({"teacher__model": "/nowhere"}, ConfigError, "/nowhere is no folder"),
         ({"student__model": "/nowhere"}, ConfigError, "/nowhere is no folder"),
         ({"data__train": "/nowhere.jsonl"}, DataError, "no file /nowhere.jsonl"),
@@ -116,3 +117,14 @@ def test_output_folder(run_config, tmp_path: Path) -> None:
     assert {p.name for p in folder.iterdir()} <= {*RUN_ENTRIES, "mine.txt"}
     with pytest.raises(ConfigError, match="holds no run"):
         open_output(run_config(output_dir=tmp_path / "new", resume="true"))
+
+
+def test_one_run_at_a_time_in_a_folder(run_config) -> None:
+    config = run_config()
+    with locked_output(config):
+        open_output(config)
+        with pytest.raises(ConfigError, match=r"another run is writing to .*; wait for its end, or choose another"):
+            run(run_config(overwrite="true"), say=lambda text: None)
+        assert Path(config.output_dir, "config.yaml").exists()
+    with locked_output(config):
+        pass

@@ -152,23 +152,26 @@ def test_spans_that_an_error_leaves_open_are_closed(tmp_path: Path) -> None:
         read_spans(path)
 
 
-def test_slots_follow_from_both_sides() -> None:
+@pytest.mark.parametrize("ranks_per_ring", [1, 2])
+def test_slots_follow_from_both_sides(ranks_per_ring: int) -> None:
     def teacher(name: str, start: int, end: int, ticket: int) -> Span:
         return Span("teacher", 3, "host", name, start, end, {"rank": 1, "ticket": ticket})
 
-    def student(name: str, start: int, end: int, ticket: int) -> Span:
-        return Span("student", 1, "host", name, start, end, {"ticket": ticket})
+    def student(name: str, start: int, end: int, ticket: int, index: int = ranks_per_ring) -> Span:
+        return Span("student", index, "host", name, start, end, {"ticket": ticket})
 
     spans = [
         teacher("wait for slot", 0, 10, 5),
         teacher("publish", 50, 55, 5),
         student("receive wait", 60, 65, 5),
         student("release", 90, 91, 5),
+        student("receive wait", 60, 70, 5, index=ranks_per_ring + 1),  # has a ring of its own, or shares this one
+        student("release", 94, 95, 5, index=ranks_per_ring + 1),
         teacher("wait for slot", 60, 70, 6),  # nobody took this one
         teacher("publish", 80, 85, 6),
     ]
-    assert [(s.track, s.name, s.start_ns, s.end_ns) for s in ring_spans(spans, 4)] == [
-        ("slot 1", "filling", 10, 55),
-        ("slot 1", "full", 55, 65),
-        ("slot 1", "being read", 65, 90),
+    assert [(s.index, s.track, s.name, s.start_ns, s.end_ns) for s in ring_spans(spans, 4, ranks_per_ring)] == [
+        (1, "slot 1", "filling", 10, 55),
+        (1, "slot 1", "full", 55, 65),
+        (1, "slot 1", "being read", 65, 90),
     ]

@@ -47,6 +47,11 @@ class Algorithm(Protocol):
         """
         ...
 
+    @property
+    def needs_whole_rows(self) -> str:
+        """What needs all logits of a row in one place, so that heads cannot be cut over ranks; or nothing."""
+        ...
+
     def loss(
         self,
         student: LossRows,

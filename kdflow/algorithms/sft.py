@@ -26,6 +26,10 @@ class SFT:
     def __init__(self, config: AlgorithmConfig, *, student: ModelInfo, teacher: ModelInfo | None) -> None:
         self._config = config
 
+    @property
+    def needs_whole_rows(self) -> str:
+        return ""
+
     def loss(
         self,
         student: LossRows,

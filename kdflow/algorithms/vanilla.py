@@ -29,6 +29,10 @@ class Vanilla:
             raise ConfigError(f"algorithm.divergence: {error}") from None
         self._vocab_size = _shared_vocab_size(student, teacher)
 
+    @property
+    def needs_whole_rows(self) -> str:
+        return "" if self._divergence.is_pointwise() else f"algorithm.divergence {self._divergence.name}"
+
     def loss(
         self,
         student: LossRows,

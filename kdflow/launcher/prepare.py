@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,6 @@ from kdflow.errors import ConfigError
 from kdflow.modeling import load_model_config, load_tokenizer, resolve_device, resolve_dtype
 from kdflow.teacher import TEACHERS
 from kdflow.tracing import FOLDER
-from kdflow_kernels import get_divergence
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
@@ -80,8 +79,8 @@ def prepare(config: RunConfig) -> Prepared:
         name: make_algorithm(config.algorithm, student=student, teacher=teacher_info(name, teacher))
         for name, teacher in teachers.items()
     }
-    if uses_teacher and config.student.vocab_parallel:
-        _check_divergence_of_parts(config)
+    if config.student.vocab_parallel:
+        _check_cut_heads(algorithms.values())
     train, held_out = load_datasets(config.data, student_tokenizer, config.seed, tuple(teachers))
     started = [teacher for teacher in teachers.values() if uses_teacher and not teacher.is_base]
     row_bytes = max(map(_row_bytes, started), default=0)
@@ -96,13 +95,11 @@ def prepare(config: RunConfig) -> Prepared:
     )
 
 
-def _check_divergence_of_parts(config: RunConfig) -> None:
-    divergence = get_divergence(config.algorithm.divergence, **config.algorithm.divergence_args)
-    if not divergence.is_pointwise():
+def _check_cut_heads(algorithms: Iterable[Algorithm]) -> None:
+    for what in filter(None, (algorithm.needs_whole_rows for algorithm in algorithms)):
         raise ConfigError(
-            f"student.vocab_parallel: algorithm.divergence {divergence.name} needs whole rows, and with cut heads a "
-            "rank has its own tokens alone; choose a sum over the vocabulary, such as forward_kl or jsd, or leave the "
-            "option out"
+            f"student.vocab_parallel: {what} needs whole rows, and with cut heads a rank has its own tokens alone; "
+            "choose a sum over the vocabulary, such as forward_kl or jsd, or leave the option out"
         )
 
 

@@ -17,9 +17,10 @@ from kdflow_kernels import torch_backend, triton_backend
 
 @dataclass(frozen=True)
 class Memory:
-    """Parts that exist at the moment when a process needs most."""
+    """Parts that exist at the moment when a process needs most, and the sum of what stays in others' turns."""
 
     parts: Mapping[str, float]
+    resting: float
 
     @property
     def total(self) -> float:
@@ -144,7 +145,8 @@ def student_memory(
         "gradients, fp32": FP32 * params / num_ranks,
         "gradients on their way through the reduction": float((item + 2 * FP32) * unit),
     }
-    return max((Memory(at_loss), Memory(at_reduction)), key=lambda memory: memory.total)
+    resting = sum(fixed.values())
+    return max((Memory(at_loss, resting), Memory(at_reduction, resting)), key=lambda memory: memory.total)
 
 
 def teacher_memory(
@@ -161,5 +163,6 @@ def teacher_memory(
             "teacher's weights": item * shape.decoder_params / num_shards,
             "prefill": float(num_tokens * working),
             "keys and values": num_tokens * kv / num_shards if with_kv else 0.0,
-        }
+        },
+        resting=process_bytes,
     )

@@ -21,7 +21,7 @@ from kdflow.plan.workload import Piece, Workload
 USABLE = 0.95
 BUDGET_STEP = 256
 MAX_BUDGET = 2**22
-# Simulated but not timed: teachers fill the rings in the first step and rest in the last ones.
+# Simulated but not timed: teachers fill the rings in the first step and rest in the last ones. In turns all are.
 WARM_UP_STEPS, TAIL_STEPS = 1, 2
 # A rank that waits for more than this share of the time is held up.
 NOTICEABLE_WAIT = 0.05
@@ -90,8 +90,9 @@ def make_plan(
 ) -> Plan:
     """The run as configured, with the workload's timed steps standing for all of them."""
     planner = _Planner(config, student, teachers, workload, machine)
-    outcome = simulate(planner.schedule(), warm_up_steps=WARM_UP_STEPS, tail_steps=TAIL_STEPS)
-    timed = timed_steps(workload)
+    warm_up, tail = (0, 0) if planner.takes_turns else (WARM_UP_STEPS, TAIL_STEPS)
+    outcome = simulate(planner.schedule(), warm_up_steps=warm_up, tail_steps=tail)
+    timed = workload.steps if planner.takes_turns else timed_steps(workload)
     tokens = sum(piece.num_tokens for step in timed for ranks in step for piece in ranks)
     per_step = outcome.seconds / len(timed)
     on_student, on_teacher = planner.memory(
@@ -154,6 +155,7 @@ class _Planner:
         }
         prefilling = {shards[0] for workers in self._shards.values() for shards in workers}
         self.sharing = bool(prefilling & set(self._students))
+        self.takes_turns = config.transport.schedule == "colocate"
 
     def schedule(self) -> Schedule:
         costs = [[[self._costs(piece) for piece in ranks] for ranks in step] for step in self._workload.steps]
@@ -163,7 +165,18 @@ class _Planner:
             student_devices=self._students,
             teacher_devices={name: [shards[0] for shards in workers] for name, workers in self._shards.items()},
             num_slots=self._config.transport.num_slots,
+            turn_s=self._turn_s() if self.takes_turns else None,
         )
+
+    def _turn_s(self) -> float:
+        """Weights to host memory or back, each worker's GPU its own at the same time; on a CPU they stay."""
+        if not self._machine.on_gpu:
+            return 0.0
+        weights = (
+            self._machine.item * self._shapes[name].decoder_params / teacher.tp_size
+            for name, teacher in self._teachers.items()
+        )
+        return max(weights) / self._machine.rates.link_bytes
 
     def _seconds(self, amount: Work) -> float:
         """Eager operators run one after another: products, then all else."""
@@ -241,7 +254,7 @@ class _Planner:
             teacher_item=machine.item,
             checkpointing=config.student.activation_checkpointing == "full",
             on_gpu=machine.on_gpu,
-            ring_bytes=float(slots * widest * machine.item) if machine.on_gpu else 0.0,
+            ring_bytes=float(slots * widest * machine.item) if machine.on_gpu and not self.takes_turns else 0.0,
             process_bytes=machine.rates.process_bytes,
         )
         on_teachers = {
@@ -258,13 +271,21 @@ class _Planner:
         return on_student, on_teachers
 
     def needed_bytes(self, student: Memory, teachers: Mapping[str, Memory]) -> float:
-        """Of the fullest device."""
+        """Of the fullest device; in turns, in whichever turn needs more."""
+        if not self.takes_turns:
+            return self._on_fullest(student.total, {name: memory.total for name, memory in teachers.items()})
+        return max(
+            self._on_fullest(student.total, {name: memory.resting for name, memory in teachers.items()}),
+            self._on_fullest(student.resting, {name: memory.total for name, memory in teachers.items()}),
+        )
+
+    def _on_fullest(self, student_bytes: float, teacher_bytes: Mapping[str, float]) -> float:
         needed = [0.0] * self._machine.num_devices
         for device in self._students:
-            needed[device] += student.total
+            needed[device] += student_bytes
         for name, workers in self._shards.items():
             for device in itertools.chain(*workers):
-                needed[device] += teachers[name].total
+                needed[device] += teacher_bytes[name]
         return max(needed)
 
     def largest_budget(self) -> int | None:
@@ -287,6 +308,11 @@ class _Planner:
         parts = self.step_seconds()
         student_parts = {part: seconds for part, seconds in parts.items() if part.startswith("student: ")}
         student_s = sum(student_parts.values())
+        if self.takes_turns:
+            return (
+                f"turns: for {outcome.wait:.0%} of the time students rest while teachers wake, prefill and fall asleep "
+                f"again; more transport.num_slots than {self._config.transport.num_slots} make fewer turns"
+            )
         if self.sharing:
             teacher_s = sum(parts[_prefill(name)] * teacher.num_workers for name, teacher in self._teachers.items())
             share = teacher_s / (teacher_s + student_s)

@@ -39,6 +39,8 @@ def print_plan(plan: Plan, console: Console) -> None:
 def summary(plan: Plan) -> list[str]:
     """What one wants to know first, a line each."""
     together = "students and teachers together" if plan.sharing else "the larger of both"
+    if plan.config.transport.schedule == "colocate":
+        together = "the larger of both turns"
     fit = "fits" if plan.fits else "does NOT fit"
     budget = plan.config.training.tokens_per_microbatch
     largest = f"{plan.largest_budget:,} tokens" if plan.largest_budget else "nothing"

@@ -1,8 +1,9 @@
-"""A run's schedule, simulated: ranks in lockstep, teachers that prefill ahead, rings of so many slots.
+"""A run's schedule, simulated: ranks in lockstep, teachers that prefill ahead or in turns, rings of so many slots.
 
 A rank asks for its next microbatch when a slot is free, as transport/channel.py does; teachers take the oldest request;
 ranks meet at the end of each microbatch, whose backward reduces or gathers over all of them, and at the optimizer.
-Several jobs on one device get equal shares of it.
+In turns they ask for a window at once, as training/turns.py does, and compute when all of its rows are there. Several
+jobs on one device get equal shares of it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Schedule:
         student_devices: numbers of the devices; the same number means the same device.
         teacher_devices: of each teacher's workers, by its name.
         num_slots: of each rank's ring.
+        turn_s: seconds in which teachers fall asleep, and in which they wake; None where they never do.
     """
 
     steps: Sequence[Sequence[Sequence[Costs]]]
@@ -42,6 +44,7 @@ class Schedule:
     student_devices: Sequence[int]
     teacher_devices: Mapping[str, Sequence[int]]
     num_slots: int
+    turn_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,12 @@ class _Simulation:
         self._queues: dict[str, deque[tuple[int, int]]] = {name: deque() for name in schedule.teacher_devices}
         self._idle = {name: list(devices) for name, devices in schedule.teacher_devices.items()}
         self._asked = 0  # microbatches
+        self._missing = 0  # rows of a window
+        sizes = [len(step) for step in schedule.steps]
+        self._windows = deque(window_ends(sizes, schedule.num_slots) if schedule.turn_s is not None else ())
         self._ready: set[tuple[int, int]] = set()
         self._waiting: dict[tuple[int, int], float] = {}
+        self._turned = 0.0  # when the window's turn began
         self._at = 0  # the microbatch under way
         self._left = 0  # ranks still in it
         self._unread = 0  # ranks whose slot it still holds
@@ -144,13 +151,16 @@ class _Simulation:
         self._note_end()
 
     def run(self) -> None:
-        self._ask(0)
+        self._ask_ahead(0)
         self._begin()
         self._clock.run()
 
-    def _ask(self, num_read: int) -> None:
+    def _ask_ahead(self, num_read: int) -> None:
+        if self._schedule.turn_s is None:
+            self._ask(min(num_read + self._schedule.num_slots, len(self._work)))
+
+    def _ask(self, end: int) -> None:
         """All ranks at once, so their requests take turns."""
-        end = min(num_read + self._schedule.num_slots, len(self._work))
         for index in range(self._asked, end):
             for rank in range(self._num_ranks):
                 self._queues[self._work[index][rank].teacher].append((rank, index))
@@ -178,6 +188,9 @@ class _Simulation:
 
     def _arrive(self, key: tuple[int, int]) -> None:
         self._ready.add(key)
+        self._missing -= 1
+        if self._schedule.turn_s is not None and not self._missing:
+            self._clock.after(self._schedule.turn_s, self._train)
         if key in self._waiting:
             self.wait_s += self._clock.now - self._waiting.pop(key)
             self._rest(*key)
@@ -185,6 +198,19 @@ class _Simulation:
     def _begin(self) -> None:
         if self._at == len(self._work):
             return
+        if self._schedule.turn_s is not None and self._at == self._asked:
+            end = self._windows.popleft()
+            self._missing, self._turned = (end - self._at) * self._num_ranks, self._clock.now
+            self._clock.after(self._schedule.turn_s, lambda: self._ask(end))
+        else:
+            self._compute_all()
+
+    def _train(self) -> None:
+        """All teachers sleep."""
+        self.wait_s += self._num_ranks * (self._clock.now - self._turned)
+        self._compute_all()
+
+    def _compute_all(self) -> None:
         self._left = self._unread = self._num_ranks
         for rank in range(self._num_ranks):
             self._compute(rank, self._work[self._at][rank].forward_s, lambda rank=rank: self._rows(rank))
@@ -212,7 +238,7 @@ class _Simulation:
             """The loss has formed its gradients; the slot is free."""
             self._unread -= 1
             if not self._unread:
-                self._ask(index + 1)
+                self._ask_ahead(index + 1)
             self._compute(rank, costs.backward_s, self._meet)
 
         self._compute(rank, costs.loss_s, read)
@@ -238,6 +264,20 @@ class _Simulation:
     def _next(self) -> None:
         self._at += 1
         self._begin()
+
+
+def window_ends(sizes: Sequence[int], num_slots: int) -> list[int]:
+    """After which microbatch each window of turns ends: whole steps that the slots hold; a larger one in parts."""
+    ends, start, done = [], 0, 0
+    for size in sizes:
+        if done > start and done + size - start > num_slots:
+            ends.append(done)
+            start = done
+        done += size
+        while done - start > num_slots:
+            start += num_slots
+            ends.append(start)
+    return [*ends, done]
 
 
 def simulate(schedule: Schedule, *, warm_up_steps: int = 0, tail_steps: int = 0) -> Outcome:

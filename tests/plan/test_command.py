@@ -80,6 +80,19 @@ def test_more_of_what_limits_is_what_the_plan_asks_for(run_config) -> None:
     assert shared.needed_bytes == shared.student_memory.total + shared.teacher_memory[""].total
 
 
+def test_turns_need_the_memory_of_the_larger_one(run_config) -> None:
+    together = make(run_config(training__samples_per_step=8), num_gpus=1)
+    turns = make(run_config(training__samples_per_step=8, transport__schedule="colocate"), num_gpus=1)
+    assert "ring" not in {part for part, size in turns.student_memory.parts.items() if size}
+    student, teacher = turns.student_memory, turns.teacher_memory[""]
+    assert turns.needed_bytes == max(student.total + teacher.resting, student.resting + teacher.total)
+    assert turns.needed_bytes < together.needed_bytes
+    assert turns.bottleneck.startswith("turns: for ")
+    text = StringIO()
+    print_plan(turns, Console(file=text, width=120))
+    assert "the larger of both turns" in text.getvalue()
+
+
 def test_several_teachers_are_all_counted(run_config, tiny: Path, tmp_path: Path) -> None:
     wide = tmp_path / "wide"
     LlamaForCausalLM(make_config(num_layers=1, hidden_size=64, tied=False)).save_pretrained(wide)

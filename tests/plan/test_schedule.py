@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
 
-from kdflow.plan.schedule import Costs, Schedule, simulate
+from kdflow.plan.schedule import Costs, Schedule, simulate, window_ends
+from kdflow.training.turns import windows
 
 
 def schedule(
@@ -20,10 +22,11 @@ def schedule(
     num_slots: int = 4,
     optimizer: float = 0.0,
     transfer: float = 0.0,
+    turn: float | None = None,
 ) -> Schedule:
     costs = Costs(prefill, transfer, student / 4, student / 4, student / 2)
     steps = [[[costs] * len(ranks)] * num_microbatches] * num_steps
-    return Schedule(steps, optimizer, ranks, {"": teachers}, num_slots)
+    return Schedule(steps, optimizer, ranks, {"": teachers}, num_slots, turn)
 
 
 def test_the_slower_side_sets_the_pace() -> None:
@@ -89,3 +92,22 @@ def test_hundreds_of_devices() -> None:
     )
     assert found.step_seconds[-1] == pytest.approx(8.0, rel=0.05)
     assert found.teacher_busy > 0.8
+
+
+def test_in_turns_each_side_has_the_device_alone() -> None:
+    """Two steps of two microbatches in a window: wake, prefill four, sleep, train through four."""
+    one = {"num_steps": 6, "num_slots": 5, "teachers": (0,), "turn": 0.5, "optimizer": 1.0}
+    found = simulate(schedule(1.0, 3.0, **one))
+    assert found.seconds == pytest.approx(3 * (0.5 + 4 * 1.0 + 0.5 + 4 * 3.0 + 2 * 1.0))
+    assert found.wait == pytest.approx(5 / 19)
+    assert found.teacher_busy == pytest.approx(4 / 19)
+    two = simulate(schedule(1.0, 3.0, **{**one, "ranks": (0, 1), "teachers": (0, 1)}))
+    assert two.seconds == pytest.approx(found.seconds)
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 4, 7, 100])
+@pytest.mark.parametrize("sizes", [[2, 2, 2], [5], [1, 6, 1, 3], [4, 4, 1, 1, 9, 2]])
+def test_windows_are_those_of_a_run(sizes: list[int], num_slots: int) -> None:
+    pieces = [[object()] * size for size in sizes]
+    ends = list(itertools.accumulate(len(window) for window in windows(pieces, num_slots)))
+    assert window_ends(sizes, num_slots) == ends

@@ -75,6 +75,7 @@ class _Run:
         num_chunks = max(1, -(-self.group_size // self.chunk_size))
         self.chunk_size = max(1, -(-self.group_size // num_chunks))
         self.terms = _empty_terms(problem, self.num_rows, self.accumulate)
+        self.room: tuple[Tensor, Tensor] | None = None
         self._allocate()
 
     def _allocate(self) -> None:
@@ -169,7 +170,7 @@ class _Run:
                 grad_logits, weight, tokens = tail.cut(tile, block, weight)
             grad_logits = grad_logits.to(self.student.multiply)
             if weight is not None:
-                _add_product(grad_hidden, grad_logits, weight)
+                self._add_product(grad_hidden, grad_logits, weight)
             if self.grad_weight is not None:
                 self._add_weight_gradient(tokens, grad_logits.T, hidden)
         if self.in_place and self.grad_weight is not None:
@@ -187,7 +188,18 @@ class _Run:
             # Not straight into place: that may be where grad_logits_t lies.
             self.grad_weight[tokens] = torch.mm(grad_logits_t, hidden)
         else:
-            _add_product(self.grad_weight[tokens], grad_logits_t, hidden)
+            self._add_product(self.grad_weight[tokens], grad_logits_t, hidden)
+
+    def _add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        """total += a @ b, in total's dtype; in memory that is kept, since new memory costs page faults each time."""
+        if total.dtype == a.dtype:
+            total.addmm_(a, b)
+            return
+        if self.room is None or self.room[0].numel() < total.numel():
+            self.room = a.new_empty(total.numel()), total.new_empty(total.numel())
+        product, widened = (room[: total.numel()].view(total.shape) for room in self.room)
+        torch.mm(a, b, out=product)
+        total += widened.copy_(product)
 
 
 class _Tail:
@@ -221,14 +233,6 @@ class _Tail:
     def finish(self) -> None:
         if self.num_columns:
             self.grad_hidden.addcmul_(self.mass, self.weight_sum / self.num_columns)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in total's dtype."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += torch.mm(a, b)
 
 
 def _column_order(problem: Problem) -> tuple[Tensor | None, Tensor | None]:

@@ -6,9 +6,9 @@ compute dtype, with fp32 master weights: no FSDP, no trainer, no metrics. What k
 less the percent of the floor. The other rows say what packing is worth: the same steps with the
 samples of a microbatch padded to the longest, and a model under autocast as one usually writes it.
 
-Its other cases are packing alone: steps of 4 (the quickstart's own), 16 and 32 samples, packed, and in one batch padded
-to the longest sample, tokens/s of the samples' own tokens. The loss gets the same rows of both; the last provider gives
-it all positions of the padded batch, masked afterwards, as one does who takes a model's own logits.
+Its other cases are packing alone: steps of 4 (the quickstart's own), 16 and 32 samples, each as one packed microbatch
+and as one batch padded to the longest sample, tokens/s of the samples' own tokens. The loss gets the same rows of both;
+the last provider gives it all positions of the padded batch, masked afterwards, as where a model's own logits are used.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ PROVIDERS = (
     Provider("bare loop, padded", f"{MODULE}:padded"),
     Provider("autocast loop, packed", f"{MODULE}:autocast"),
 )
+LONGEST = 1024  # no sample of either config is longer
 PACKING = (
     *PROVIDERS[:2],
     Provider("bare loop, one padded batch", f"{MODULE}:padded_batches"),
@@ -64,6 +65,7 @@ def cases(*, device: str, quick: bool) -> list[Case]:
     found = [case(whole, PROVIDERS, steps, small if quick and not on_gpu else [])]
     if not quick:
         for size in (4, 16, 32):
-            title, overrides = f"packing, {size} samples", [f"--training.samples_per_step={size}"]
+            title = f"packing, {size} samples"
+            overrides = [f"--training.samples_per_step={size}", f"--training.tokens_per_microbatch={size * LONGEST}"]
             found.append(case(title, PACKING, max(1, 16 // size), overrides))
     return found

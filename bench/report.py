@@ -29,9 +29,8 @@ dt { color: #66717f; } dd { margin: 0; }
 """
 
 
-def write_report(path: Path, environment: Mapping[str, Any], rows: Sequence[Row], *, figures: bool = True) -> Path:
-    """Write the page beside the result file, and with ``figures`` also as PNG files the
-    figures that are part of it."""
+def write_report(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) -> Path:
+    """Write the page beside the result file, and its figures as PNG files, too."""
     sections = []
     suites = list(dict.fromkeys(row.suite for row in rows))
     for suite in suites:
@@ -42,15 +41,13 @@ def write_report(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]
         images = []
         for name, figure in drawn:
             image = plots.png(figure)
-            if figures:
-                path.with_name(f"{name}.png").write_bytes(image)
+            path.with_name(f"{name}.png").write_bytes(image)
             images.append(_image(name, image))
         tables = "".join(f"<h3>{html.escape(name)}</h3>{_table(case)}" for name, case in by_case(of_suite).items())
         sections.append(f"<h2>{html.escape(suite)}</h2>{''.join(images)}{tables}")
     if (timeline := path.with_suffix(".timeline.json")).is_file():
         image = plots.png(draw(read_tracks(timeline)))
-        if figures:
-            path.with_name(f"{path.stem}-timeline.png").write_bytes(image)
+        path.with_name(f"{path.stem}-timeline.png").write_bytes(image)
         note = f"The whole of it is in {timeline.name}, for ui.perfetto.dev."
         sections.append(f"<h2>timeline</h2>{_image('timeline', image)}<p>{html.escape(note)}</p>")
     page = path.with_suffix(".html")

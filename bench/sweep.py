@@ -17,6 +17,7 @@ from bench.model import Case, Provider, Row, Status
 from bench.timing import quantile
 
 GPU_SHARE = 0.9  # of the free memory that providers may take together by their estimates
+LATE = "not begun before the run's deadline"
 MIN_TIMEOUT_S = 2.0  # at the deadline, so that what has been measured can still be checked
 
 
@@ -141,8 +142,7 @@ def _run_group(
     case: Case, providers: Sequence[Provider], settings: Settings, pool: WorkerPool, say: Callable[[str], None]
 ) -> list[Row]:
     if settings.is_over:
-        late = "not begun before the run's deadline"
-        return [_row(case, _Lane(provider, None, settings.deadline, "cut", [late])) for provider in providers]
+        return [_row(case, _Lane(provider, None, settings.deadline, "cut", [LATE])) for provider in providers]
     lanes = [
         _Lane(provider, pool.take(provider, num_threads=settings.num_threads), settings.deadline)
         for provider in providers
@@ -173,6 +173,10 @@ def _run_group(
 
 
 def _start(lane: _Lane, case: Case, settings: Settings) -> None:
+    if settings.is_over and lane.client is not None:
+        lane.client.close()
+        lane.client, lane.status, lane.notes = None, "cut", [LATE]
+        return
     answer = lane.ask(
         "setup",
         timeout_s=case.setup_timeout_s,

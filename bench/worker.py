@@ -108,7 +108,8 @@ def main() -> None:
             # Any failure of any provider must become its row's note, so this catches everything.
             except Exception as error:
                 unavailable = isinstance(error, (ImportError, UnavailableError))
-                text = scrub(f"{type(error).__name__}: {error}".splitlines()[0])
+                name = "" if isinstance(error, UnavailableError) else f"{type(error).__name__}: "
+                text = scrub(f"{name}{error}".splitlines()[0])
                 reply = {"error": text[:300], "unavailable": unavailable}
                 traceback.print_exc()
             print(json.dumps(reply), file=answers, flush=True)

@@ -44,7 +44,7 @@ FILTER_STUDENT_LAYERS = (10, 29)
 # providers that hold full logits come last, so that the others share their groups.
 GPU_SHAPES = (Shape(8192, 151936, 2560, 2048), Shape(8192, 151936, 2560, 4096))
 GPU_QUICK_SHAPES = (Shape(2048, 32000, 2048, 4096),)
-REHEARSED_SHAPES = (Shape(32, 256, 40, 48), Shape(32, 256, 40, 64))
+REHEARSED_SHAPES = (Shape(8, 256, 40, 48), Shape(8, 256, 40, 64))
 GPU_NEAR = (KDFLOW, TRL, LIGER_FUSED)
 GPU_PROVIDERS = (*GPU_NEAR, ROW_CHUNKS, LIGER, COMPILED, EAGER)
 GPU_SWEPT = (KDFLOW, TRL, COMPILED)

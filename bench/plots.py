@@ -193,7 +193,7 @@ def _size(num_bytes: int) -> str:
 def _in_words(value: float, measure: str, unit: str) -> str:
     if measure == "rate":
         return with_unit(value, unit)
-    return format_seconds(value) if measure == "median_s" else f"{value:,.0f}"
+    return format_seconds(value) if measure == "median_s" else f"{value:g}"
 
 
 def _line_colours(rows: Sequence[Row]) -> dict[str, str]:

@@ -199,6 +199,8 @@ REHEARSED_LOSS = (
     *("eager, row chunks recomputed", "eager", "cce", "kdflow, eps 2e-4"),
 )
 
+REHEARSED_RING = ("--quick", "--providers", "kdflow ring", "multiprocessing.Queue", "pyzmq ipc")
+
 
 def parts(*, rehearse: bool) -> list[Part]:
     """In the order of their worth, should time run out.
@@ -215,7 +217,7 @@ def parts(*, rehearse: bool) -> list[Part]:
         Part("ceilings", 25, suite("ceilings", "--budget-s", "4", *quick)),
         Part("loss", 200, suite("loss", *(REHEARSED_LOSS if rehearse else ("--budget-s", "4", "--reps", "7")))),
         Part("tests", 70, tests),
-        Part("ring", 50, suite("ring", "--budget-s", "6", *quick)),
+        Part("ring", 50, suite("ring", "--budget-s", "6", *(REHEARSED_RING if rehearse else ()))),
         Part("e2e", 80, suite("e2e", "--quick", "--budget-s", "10")),
     ]
 

@@ -79,7 +79,6 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
 
 def _check(options: argparse.Namespace, console: Console) -> int:
-    options.quick = True  # repetitions and budgets as well
     return check.conclude(_measure(check.cases(), options, console), console, update=options.update)
 
 
@@ -180,26 +179,29 @@ def _parser() -> argparse.ArgumentParser:
         description="Benchmarks beside peers and floors, all providers interleaved in one run.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    shared = argparse.ArgumentParser(add_help=False)
+    running = argparse.ArgumentParser(add_help=False)
+    running.add_argument("--reps", type=_positive(int), help="repetitions of each provider (7; quick: 3)")
+    running.add_argument("--budget-s", type=_positive(float), help="seconds a provider may take in one case")
+    running.add_argument(
+        "--deadline-s", type=_positive(float), default=float("inf"), help="seconds after which the run ends"
+    )
+    running.add_argument("--threads", type=_positive(int), help="threads of each provider (all cores)")
+    running.add_argument("--out", metavar="PATH", help="result file (bench/results/...)")
+    shared = argparse.ArgumentParser(add_help=False, parents=[running])
     shared.add_argument("--device", type=_device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
     shared.add_argument("--quick", action="store_true", help="small cases, about a minute")
     shared.add_argument("--cases", metavar="TEXT", help="only the cases whose name contains TEXT")
-    shared.add_argument("--providers", nargs="+", default=[], metavar="NAME")
-    shared.add_argument("--reps", type=_positive(int), help="repetitions of each provider (7; quick: 3)")
-    shared.add_argument("--budget-s", type=_positive(float), help="seconds a provider may take in one case")
-    shared.add_argument(
-        "--deadline-s", type=_positive(float), default=float("inf"), help="seconds after which the run ends"
-    )
-    shared.add_argument("--threads", type=_positive(int), help="threads of each provider (all cores)")
-    shared.add_argument("--out", metavar="PATH", help="result file (bench/results/...)")
+    shared.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="only these, and the floors")
     loss_options = argparse.ArgumentParser(add_help=False)
-    loss_options.add_argument("--shapes", nargs="+", default=[], metavar="N,V,Hs,Ht")
+    loss_options.add_argument("--shapes", nargs="+", default=[], metavar="N,V,Hs,Ht", help="rows, vocabulary, widths")
     loss_options.add_argument("--dtype", nargs="+", default=[], choices=list(ITEM_BYTES))
     loss_options.add_argument("--divergence", nargs="+", default=[], choices=["forward_kl", "jsd", "reverse_kl"])
     loss_options.add_argument("--backend", default="auto", help="of fused_kd_loss: auto (default), triton, torch")
     loss_options.add_argument("--sweep", action="store_true", help="lines over N, V and Hs in place of the other cases")
     ring_options = argparse.ArgumentParser(add_help=False)
-    ring_options.add_argument("--sizes", nargs="+", type=_positive(int), default=[], metavar="BYTES")
+    ring_options.add_argument(
+        "--sizes", nargs="+", type=_positive(int), default=[], metavar="BYTES", help="of a message"
+    )
     suites = {
         "loss": (loss, [shared, loss_options]),
         "ring": (ring, [shared, ring_options]),
@@ -214,9 +216,11 @@ def _parser() -> argparse.ArgumentParser:
             name, parents=parents, help=_summary(module), description=module.__doc__, formatter_class=raw
         )
     commands.add_parser("all", parents=[shared, loss_options, ring_options], help="every suite")
-    gpu.add_options(commands.add_parser("gpu", help="all that one GPU can tell: build, tests, suites and verdict"))
+    everything = commands.add_parser("gpu", help=_summary(gpu), description=gpu.__doc__)
+    gpu.add_options(everything)
     roofline.add_options(commands.add_parser("roofline", help=_summary(roofline), description=roofline.__doc__))
-    checking = commands.add_parser("check", parents=[shared], help=_summary(check), description=check.__doc__)
+    checking = commands.add_parser("check", parents=[running], help=_summary(check), description=check.__doc__)
+    checking.set_defaults(device="cpu", quick=True)
     checking.add_argument("--update", action="store_true", help="store this run's ratios in bench/check.json")
     comparison = commands.add_parser("compare", help="what changed between two result files")
     comparison.add_argument("before", metavar="A")

@@ -1,8 +1,8 @@
-"""``bench gpu``: the parts one after the other, what they found in one file, and the verdict.
+"""``bench gpu``: all that one GPU can tell: build, tests, suites, and a verdict on each goal.
 
-Everything found so far is written after every case, so that a run that is ended from outside
-leaves it behind. A part that fails or runs out of time never hides another one, and what one does
-not need of its time is left to those after it.
+The parts run one after the other. Everything found so far is written after every case, so that a
+run that is ended from outside leaves it behind. A part that fails or runs out of time never hides
+another one, and what one does not need of its time is left to those after it.
 """
 
 from __future__ import annotations

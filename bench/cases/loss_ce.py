@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bench.cases.loss_providers import LOGIT_STD, Params, compiled_before, loss_trial, normals
+from bench.cases.loss_providers import LOGIT_STD, Params, compile_afresh, compiled_before, loss_trial, normals
 from bench.model import Trial, UnavailableError
 
 
@@ -67,7 +67,7 @@ def eager(params: Params) -> Trial:
 
 
 def compiled(params: Params) -> Trial:
-    function = torch.compile(full_logit_loss, dynamic=False)
+    function = compile_afresh(full_logit_loss)
     trial = loss_trial(
         CrossEntropyInputs.make(params),
         lambda inputs: function(inputs.student_input, inputs.student_weight, inputs.labels),

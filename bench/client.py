@@ -11,11 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from bench.environment import scrub
-from bench.model import Provider, Status
+from bench.model import Case, Provider, Status
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,3 +116,44 @@ class WorkerClient:
         how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else code
         lines = [line for line in self.stderr().splitlines() if line.strip()]
         return scrub(f"died in {do} ({how}): {lines[-1] if lines else 'no output'}")[:300]
+
+
+class WorkerPool:
+    """Processes that one case leaves to the next one of its pool, see ``Case.worker_pool``."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._resting: dict[tuple[object, ...], WorkerClient] = {}
+
+    def open(self, case: Case) -> None:
+        """Keep the processes if ``case`` is of the same pool, else end them."""
+        if case.worker_pool != self._name:
+            self.close()
+        self._name = case.worker_pool
+
+    def take(self, provider: Provider, *, num_threads: int) -> WorkerClient:
+        return self._resting.pop(_identity(provider), None) or WorkerClient(provider, num_threads=num_threads)
+
+    def give(self, clients: Sequence[WorkerClient]) -> None:
+        """Take them back from a case: to rest where it has a pool, else to their end."""
+        if not self._name:
+            self._end(clients)
+            return
+        for client in clients:
+            with contextlib.suppress(WorkerError):
+                client.ask("rest", timeout_s=10.0)
+                self._resting[_identity(client.provider)] = client
+
+    def close(self) -> None:
+        self._end(list(self._resting.values()))
+        self._resting.clear()
+
+    @staticmethod
+    def _end(clients: Sequence[WorkerClient]) -> None:
+        if clients:
+            with ThreadPoolExecutor(len(clients)) as executor:
+                list(executor.map(WorkerClient.close, clients))
+
+
+def _identity(provider: Provider) -> tuple[object, ...]:
+    return provider.entry, provider.env

@@ -21,6 +21,7 @@ PACKAGES = (
     "transformers",
     "trl",
     "liger_kernel",
+    "cut_cross_entropy",
     "ray",
     "pyzmq",
     "sglang",

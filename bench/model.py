@@ -48,6 +48,8 @@ class Case:
     repetition counts, since each begins afresh anyway; ``budget_scale`` multiplies the run's time
     budget where repetitions are long. ``setup_timeout_s`` bounds imports and the making of the
     inputs, ``warm_up_timeout_s`` the compilation in the first step; neither counts in the budget.
+    Cases in a row of the same ``worker_pool`` are measured by the same processes, one for each
+    provider: for GPUs, where starting one takes longer than measuring.
     """
 
     suite: str
@@ -62,6 +64,7 @@ class Case:
     budget_scale: float = 1.0
     setup_timeout_s: float = 120.0
     warm_up_timeout_s: float = 120.0
+    worker_pool: str = ""
 
 
 @dataclass

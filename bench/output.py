@@ -32,12 +32,14 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def format_rate(row: Row) -> str:
-    if row.rate is None or not row.work:
-        return "-"
+    return "-" if row.rate is None or not row.work else with_unit(row.rate, row.unit)
+
+
+def with_unit(rate: float, unit: str) -> str:
     for scale, prefix in PREFIXES:
-        if row.rate >= scale and row.unit != "token":
-            return f"{row.rate / scale:.3g} {prefix}{UNIT_NAMES[row.unit]}"
-    return f"{row.rate:.0f} {UNIT_NAMES[row.unit]}"
+        if rate >= scale and unit != "token":
+            return f"{rate / scale:.3g} {prefix}{UNIT_NAMES[unit]}"
+    return f"{rate:.0f} {UNIT_NAMES[unit]}"
 
 
 def format_spread(row: Row) -> str:
@@ -114,7 +116,11 @@ def markdown(environment: Mapping[str, Any], rows: Iterable[Row]) -> str:
     )
     if gpu := environment["gpu"]:
         where = f"{gpu['name']}; {where}"
-    tables = [f"**{name}**\n\n{markdown_table(case)}" for name, case in by_case(rows).items()]
+    cases = by_case(rows)
+    measured = {name: case for name, case in cases.items() if any(row.median_s for row in case)}
+    tables = [f"**{name}**\n\n{markdown_table(case)}" for name, case in measured.items()]
+    if missing := [f"{name} ({remarks(case[0])})" for name, case in cases.items() if name not in measured]:
+        tables.append("Not measured:\n" + "\n".join(f"- {text}" for text in missing))
     if goals := environment.get("verdict"):
         lines = ["| " + " | ".join(goals[0]) + " |", "|" + " --- |" * len(goals[0])]
         lines += ["| " + " | ".join(map(format_value, goal.values())) + " |" for goal in goals]
@@ -132,7 +138,14 @@ def write_results(path: Path, environment: Mapping[str, Any], rows: Iterable[Row
 def read_results(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """What ``write_results`` wrote; raises ValueError where the file is something else."""
     records = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no text"
+        raise ValueError(
+            f"{path}: expected a file that `python -m bench` wrote; it cannot be read ({reason})"
+        ) from None
+    for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -140,7 +153,7 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Row]]:
                 f"{path}:{number}: expected a JSON object a line as in bench/results/*.jsonl,"
                 f" got {line[:40]!r} ({error.msg})"
             ) from None
-    if not records or records[0].get("kind") != "environment":
+    if not records or not isinstance(records[0], dict) or records[0].get("kind") != "environment":
         raise ValueError(f"{path}: expected a file that `python -m bench` wrote, whose first line is the environment")
     return records[0], [Row.from_json(record) for record in records[1:]]
 

@@ -22,16 +22,15 @@ table { border-collapse: collapse; width: 100%; font-size: 13px; }
 th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #e3e7ec;
   vertical-align: top; }
 th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
-td { white-space: nowrap; } td:last-child { white-space: normal; color: #5b6675; }
+td { white-space: nowrap; } td:last-child { white-space: normal; color: #5b6675; overflow-wrap: anywhere; }
 tr.ours { background: #fdf1f2; font-weight: 600; } tr.floor, tr.bound { color: #66717f; }
 img { max-width: 100%; } dl { display: grid; grid-template-columns: max-content auto; gap: 0 1rem; }
 dt { color: #66717f; } dd { margin: 0; }
 """
 
 
-def write_report(path: Path, environment: Mapping[str, Any], rows: Sequence[Row], *, figures: bool = True) -> Path:
-    """Write the page beside the result file, and with ``figures`` also as PNG files the
-    figures that are part of it."""
+def write_report(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]) -> Path:
+    """Write the page beside the result file, and its figures as PNG files, too."""
     sections = []
     suites = list(dict.fromkeys(row.suite for row in rows))
     for suite in suites:
@@ -42,22 +41,20 @@ def write_report(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]
         images = []
         for name, figure in drawn:
             image = plots.png(figure)
-            if figures:
-                path.with_name(f"{name}.png").write_bytes(image)
+            path.with_name(f"{name}.png").write_bytes(image)
             images.append(_image(name, image))
         tables = "".join(f"<h3>{html.escape(name)}</h3>{_table(case)}" for name, case in by_case(of_suite).items())
         sections.append(f"<h2>{html.escape(suite)}</h2>{''.join(images)}{tables}")
     if (timeline := path.with_suffix(".timeline.json")).is_file():
         image = plots.png(draw(read_tracks(timeline)))
-        if figures:
-            path.with_name(f"{path.stem}-timeline.png").write_bytes(image)
+        path.with_name(f"{path.stem}-timeline.png").write_bytes(image)
         note = f"The whole of it is in {timeline.name}, for ui.perfetto.dev."
         sections.append(f"<h2>timeline</h2>{_image('timeline', image)}<p>{html.escape(note)}</p>")
     page = path.with_suffix(".html")
     page.write_text(
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>kdflow benchmarks</title>'
         f"<style>{STYLE}</style><h1>kdflow benchmarks</h1>{_environment(environment)}"
-        f"{_records('Verdict', environment.get('verdict', []))}"
+        f"{_records('Verdict', environment.get('verdict', []))}{_records('Parts', _parts(environment))}"
         f"{''.join(sections)}</html>\n"
     )
     return page
@@ -89,10 +86,22 @@ def _records(title: str, records: Sequence[Mapping[str, Any]]) -> str:
     return f"<h2>{html.escape(title)}</h2><table><tr>{head}</tr>{body}</table>"
 
 
+def _parts(environment: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Of `bench gpu`: how each part ended, and what it found besides rows."""
+    found = []
+    for name, part in environment.get("parts", {}).items():
+        details = [f"{package} {state}" for package, state in part.get("packages", {}).items()]
+        for folder, counts in part.get("tests", {}).items():
+            numbers = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+            details += [f"{folder}: {numbers} {counts['note']}".strip(), *counts["failures"]]
+        found.append({"part": name, "status": part["status"], "note": part["note"], "found": "; ".join(details)})
+    return found
+
+
 def _environment(environment: Mapping[str, Any]) -> str:
     items = []
     for name, value in environment.items():
-        if name in ("kind", "verdict") or value is None:
+        if name in ("kind", "verdict", "parts") or value is None:
             continue
         if isinstance(value, Mapping):
             value = ", ".join(

@@ -49,10 +49,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace, console: Console) -> int:
+    against = Path(options.against).absolute() if options.against else None
     rates = load_rates(options.rates or str(_measure(options.device, console)))
     os.chdir(ROOT)  # the config's paths are relative to the checkout
-    if options.against:
-        _compare(Path(options.against), rates, console)
+    if against:
+        _compare(against, rates, console)
         return 0
     config = load_config(options.config, options.overrides)
     workload = data_workload(config, WARM_UP_STEPS + options.steps + TAIL_STEPS, config.student.num_ranks)

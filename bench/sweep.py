@@ -7,16 +7,17 @@ all providers, so that ratios inside one run hold although the times drift.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from bench.client import WorkerClient, WorkerError
+from bench.client import WorkerClient, WorkerError, WorkerPool
 from bench.environment import available_mib, free_device_mib
 from bench.model import Case, Provider, Row, Status
 from bench.timing import quantile
 
 GPU_SHARE = 0.9  # of the free memory that providers may take together by their estimates
+LATE = "not begun before the run's deadline"
 MIN_TIMEOUT_S = 2.0  # at the deadline, so that what has been measured can still be checked
 
 
@@ -66,20 +67,33 @@ class _Lane:
             self.seconds.append(measures.pop("seconds"))
             self.metrics.append(measures)
 
-    def close(self) -> None:
-        if self.client is not None:
-            self.client.close()
+
+def run_cases(
+    cases: Sequence[Case], settings: Settings, *, say: Callable[[str], None] = lambda text: None
+) -> Generator[list[Row], None, None]:
+    """The rows of one case after the other; a provider that fails keeps a row that says why."""
+    pool = WorkerPool()
+    try:
+        for case in cases:
+            pool.open(case)
+            yield _run_case(case, settings, pool, say)
+    finally:
+        pool.close()
 
 
 def run_case(case: Case, settings: Settings, *, say: Callable[[str], None]) -> list[Row]:
-    """Measure every provider of ``case``; a provider that fails keeps a row that says why."""
+    """As ``run_cases`` for one."""
+    return [row for rows in run_cases([case], settings, say=say) for row in rows]
+
+
+def _run_case(case: Case, settings: Settings, pool: WorkerPool, say: Callable[[str], None]) -> list[Row]:
     settings = replace(settings, budget_s=settings.budget_s * case.budget_scale)
     groups = _groups(case)
     rows: dict[str, Row] = {}
     for index, group in enumerate(groups):
         if len(groups) > 1:
             say(f"{case.name}: group {index + 1} of {len(groups)}")
-        for row in _run_group(case, group, settings, say):
+        for row in _run_group(case, group, settings, pool, say):
             rows.setdefault(row.provider, row)
     return [rows[provider.name] for provider in case.providers]
 
@@ -124,12 +138,13 @@ def _packed(providers: Sequence[Provider], free_mib: float) -> list[list[Provide
     return groups
 
 
-def _run_group(case: Case, providers: Sequence[Provider], settings: Settings, say: Callable[[str], None]) -> list[Row]:
+def _run_group(
+    case: Case, providers: Sequence[Provider], settings: Settings, pool: WorkerPool, say: Callable[[str], None]
+) -> list[Row]:
     if settings.is_over:
-        late = "not begun before the run's deadline"
-        return [_row(case, _Lane(provider, None, settings.deadline, "cut", [late])) for provider in providers]
+        return [_row(case, _Lane(provider, None, settings.deadline, "cut", [LATE])) for provider in providers]
     lanes = [
-        _Lane(provider, WorkerClient(provider, num_threads=settings.num_threads), settings.deadline)
+        _Lane(provider, pool.take(provider, num_threads=settings.num_threads), settings.deadline)
         for provider in providers
     ]
     # On a GPU all start at once: the host has cores for their imports and compilers. On a CPU one
@@ -153,12 +168,15 @@ def _run_group(case: Case, providers: Sequence[Provider], settings: Settings, sa
             lane.check = lane.ask("check", timeout_s=60 + settings.budget_s)
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
-        with ThreadPoolExecutor(len(lanes)) as closing:
-            list(closing.map(_Lane.close, lanes))
+        pool.give([lane.client for lane in lanes if lane.client is not None])
     return _with_floor([_row(case, lane) for lane in lanes])
 
 
 def _start(lane: _Lane, case: Case, settings: Settings) -> None:
+    if settings.is_over and lane.client is not None:
+        lane.client.close()
+        lane.client, lane.status, lane.notes = None, "cut", [LATE]
+        return
     answer = lane.ask(
         "setup",
         timeout_s=case.setup_timeout_s,

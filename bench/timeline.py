@@ -36,6 +36,7 @@ COLOURS = {
     "eval": "#e9e4d4",
 }
 SHOWN_STEPS = 3
+SHORT_RUN = 8  # steps: shown whole, since a teacher that is ahead may be done before its middle
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def read_tracks(path: Path) -> dict[str, list[Bar]]:
 
 
 def draw(tracks: dict[str, list[Bar]]) -> Figure:
-    """Steps from the middle of the run; all of it where there are none."""
+    """Steps from the middle of the run; all of it where there are few or none."""
     begin, end, steps = _window(tracks)
     height = 1.4 + 0.32 * len(tracks)
     figure, axes = plt.subplots(figsize=(11.0, height), layout="constrained")
@@ -105,6 +106,7 @@ def _window(tracks: dict[str, list[Bar]]) -> tuple[float, float, list[float]]:
     starts = sorted({step.start_s for step in steps})
     # Neither the first, which warms up, nor the last, for which teachers have nothing left to do.
     first = max(0, (len(starts) - SHOWN_STEPS + 1) // 2)
-    shown = [s for s in steps if s.start_s in starts[first : first + SHOWN_STEPS]]
+    middle = starts if len(starts) <= SHORT_RUN else starts[first : first + SHOWN_STEPS]
+    shown = [s for s in steps if s.start_s in middle]
     ends = sorted({s.start_s + s.seconds for s in shown})
     return shown[0].start_s, ends[-1], ends[:-1]

@@ -4,6 +4,7 @@
     {"do": "step"}                                                 -> {"seconds": ..., ...}
     {"do": "memory"}                                               -> {"peak_mib", "kept_mib"}
     {"do": "check"}                                                -> values to agree on
+    {"do": "rest"}                                                 -> nothing; ready for another setup
 
 A failure answers ``{"error": ..., "unavailable": bool}``. What libraries print goes to stderr.
 """
@@ -45,6 +46,8 @@ class Worker:
             case "check":
                 assert self.trial is not None
                 return dict(self.trial.check()) if self.trial.check else {}
+            case "rest":
+                return self.rest()
             case other:
                 raise AssertionError(f"unknown request {other!r}")
 
@@ -75,9 +78,20 @@ class Worker:
         if self.trial is not None and self.trial.prepare is not None:
             self.trial.prepare()
 
+    def rest(self) -> dict[str, Any]:
+        """Give back what the trial held."""
+        self.close()
+        settle()
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.empty_cache()
+        return {}
+
     def close(self) -> None:
         if self.trial is not None and self.trial.close is not None:
             self.trial.close()
+        self.trial = None
 
 
 def main() -> None:
@@ -94,7 +108,8 @@ def main() -> None:
             # Any failure of any provider must become its row's note, so this catches everything.
             except Exception as error:
                 unavailable = isinstance(error, (ImportError, UnavailableError))
-                text = scrub(f"{type(error).__name__}: {error}".splitlines()[0])
+                name = "" if isinstance(error, UnavailableError) else f"{type(error).__name__}: "
+                text = scrub(f"{name}{error}".splitlines()[0])
                 reply = {"error": text[:300], "unavailable": unavailable}
                 traceback.print_exc()
             print(json.dumps(reply), file=answers, flush=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from bench.cases.loss_providers import DTYPES, Inputs, Params, gemm_trial, loss_trial
+from bench.cases.loss_floors import gemm_trial
+from bench.cases.loss_providers import DTYPES, Inputs, Params, loss_trial
 from bench.client import ROOT
 from bench.model import Trial, UnavailableError
 from kdflow.config_file import load_config
@@ -29,7 +30,7 @@ MICROBATCH_TOKENS = 1024
 
 
 def gemms(params: Params) -> Trial:
-    return gemm_trial(model_inputs(params), cast_inside=False)
+    return gemm_trial(model_inputs(params))
 
 
 def exact(params: Params) -> Trial:

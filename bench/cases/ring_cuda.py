@@ -3,7 +3,9 @@
 Device ring: the floor is a copy on the device; the consumer only looks, as the slot is its own memory. Pinned ring:
 the floor is both PCIe copies, overlapped; the consumer's copy back to the device is part of the job. Beside them
 torch.multiprocessing's CUDA tensors and the original path: device, host, socket, numpy, device. Latency: from right
-before the copy is enqueued to the consumer having a record that its stream may use. What decides comes first.
+before the copy is enqueued to the consumer having a record that its stream may use. Sending: into free slots, which
+share of the time until all copies are done the sending thread takes; one that is blocked by them takes all. What
+decides comes first.
 """
 
 from __future__ import annotations
@@ -35,13 +37,14 @@ AMOUNTS = {"device": 16 * GIB, "pinned": 4 * GIB}
 
 
 def cases(*, device: str, quick: bool, sizes: Sequence[int] = ()) -> list[Case]:
-    """Throughput at 16 MiB and latency of both rings, then the other sizes, then CPU time at rest."""
+    """Throughput at 16 MiB and latency of both rings, sending, then the other sizes, then CPU time at rest."""
     first, *others = sizes or (QUICK_SIZES if quick else SIZES)
     found = [
         _throughput("device", first, device),
         _latency("device", device, quick=quick),
         _throughput("pinned", first, device),
         _latency("pinned", device, quick=quick),
+        _case("pinned ring, sending 8 x 64 MiB", "sending", 64 * MIB, device, (OURS["pinned"],)),
     ]
     found += [_throughput(placement, size, device) for size in others for placement in OURS]
     if not quick:

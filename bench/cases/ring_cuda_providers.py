@@ -59,7 +59,8 @@ def transfer_trial(kind: type[CudaTransport], params: Params) -> Trial:
     transport.open()
     message, kept = make_message(params), make_message(params)
     share = transport.share if params["mode"] == "throughput" else 1.0
-    count = params["num_slots"] + 1 if params["mode"] == "idle" else max(8, round(share * params["num_messages"]))
+    counts = {"idle": params["num_slots"] + 1, "sending": params["num_slots"]}
+    count = counts.get(params["mode"]) or max(8, round(share * params["num_messages"]))
     received = 0
     answer(command, START_S)
 
@@ -121,17 +122,30 @@ def transfer_trial(kind: type[CudaTransport], params: Params) -> Trial:
             "wall_s": time.perf_counter() - start,
         }
 
+    def sending() -> dict[str, float]:
+        """As many messages as there are slots, so that no send waits for a free one."""
+        start = time.perf_counter()
+        command.send((count, 0.0))
+        receive_all()
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "host_percent": answer(command, TIMEOUT_S)}
+
     def close() -> None:
         end([command], [process])
         transport.close()
 
-    steps: dict[str, Callable[[], dict[str, float]]] = {"throughput": throughput, "latency": latency, "idle": idle}
+    steps: dict[str, Callable[[], dict[str, float]]] = {
+        "throughput": throughput,
+        "latency": latency,
+        "idle": idle,
+        "sending": sending,
+    }
     return Trial(steps[params["mode"]], prepare=prepare, close=close, note=transport.note)
 
 
 def produce(kind: type[CudaTransport], endpoint: Any, params: Params, commands: Connection) -> None:
-    """The producer process: told a count and a pace it sends, and answers with its CPU seconds since. Ends when the
-    consumer is gone."""
+    """The producer process: told a count and a pace it sends, and answers with its CPU seconds since, or where the mode
+    is "sending" with the percentage of the time that its thread was in ``send``. Ends when the consumer is gone."""
     message = make_message(params)
     torch.cuda.synchronize()
     sender = kind.sender(endpoint, params)
@@ -142,14 +156,16 @@ def produce(kind: type[CudaTransport], endpoint: Any, params: Params, commands: 
             count, pace_s = commands.recv()
         except EOFError:
             return
-        begin = time.process_time()
+        begin, start = time.process_time(), time.perf_counter()
         for _ in range(count):
             if pace_s:
                 time.sleep(pace_s)
             sender.send(message, number, time.monotonic_ns())
             number += 1
+        sent_s = time.perf_counter() - start
         sender.finish()
-        commands.send(time.process_time() - begin)
+        whole_s = time.perf_counter() - start
+        commands.send(100 * sent_s / whole_s if params["mode"] == "sending" else time.process_time() - begin)
 
 
 def device_copy(params: Params) -> Trial:

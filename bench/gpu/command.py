@@ -1,8 +1,8 @@
-"""``bench gpu``: the parts one after the other, what they found in one file, and the verdict.
+"""``bench gpu``: all that one GPU can tell: build, tests, suites, and a verdict on each goal.
 
-Everything found so far is written after every case, so that a run that is ended from outside
-leaves it behind. A part that fails or runs out of time never hides another one, and what one does
-not need of its time is left to those after it.
+The parts run one after the other. Everything found so far is written after every case, so that a
+run that is ended from outside leaves it behind. A part that fails or runs out of time never hides
+another one, and what one does not need of its time is left to those after it.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def main(options: argparse.Namespace, console: Console) -> int:
     deadline = time.monotonic() + options.budget
     device = "cpu" if options.rehearse else options.device
     machine = environment(device=device, num_threads=len(os.sched_getaffinity(0)))
+    if not options.rehearse and machine["gpu"] is None and not list(Path("/dev").glob("nvidia[0-9]*")):
+        raise ValueError("gpu: no NVIDIA GPU is here; --rehearse runs it all on a CPU, with tiny shapes")
     if options.revision:
         machine["git"] = {"revision": options.revision, "dirty": None}
     stem = Path(options.out) if options.out else _stem(options, machine)
@@ -55,7 +57,7 @@ def main(options: argparse.Namespace, console: Console) -> int:
         for index, part in enumerate(chosen):
             left = deadline - WRITING_S - time.monotonic()
             run.part(part, setting, left * part.seconds / sum(p.seconds for p in chosen[index:]), log)
-    html = report.write_report(run.path, run.record(), run.rows, figures=False)
+    html = report.write_report(run.path, run.record(), run.rows)
     summary.print_all(run.results, run.rows, run.findings(), console, rehearsal=options.rehearse)
     files = ", ".join(os.path.relpath(path) for path in (run.path, html, f"{stem}.log"))
     console.print(f"wrote {files} in {options.budget - deadline + time.monotonic():.0f} s", highlight=False)

@@ -23,6 +23,7 @@ PACKAGES = {
     "datasets": "datasets",
     "liger_kernel": "liger-kernel",
     "trl.kernels.chunked_divergence": "trl",
+    "cut_cross_entropy": "cut-cross-entropy",
 }
 
 

@@ -44,7 +44,7 @@ def _judge(goal: Mapping[str, Any], rows: Sequence[Row], names: Mapping[str, str
     candidates = of_case(goal["case"])
     found: list[tuple[float, Row]] = []
     for row in candidates:
-        if row.role == "ours":
+        if row.role == "ours" and fnmatchcase(row.provider, goal.get("provider", "*")):
             value = _measure(goal, row, [r for r in candidates if r.case == row.case], of_case)
             if value is not None:
                 found.append((value, row))

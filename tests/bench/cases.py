@@ -69,3 +69,7 @@ def dies(params: Params) -> Trial:
 
 def hangs(params: Params) -> Trial:
     return Trial(lambda: time.sleep(3600))
+
+
+def tells_its_process(params: Params) -> Trial:
+    return Trial(lambda: None, check=lambda: {"pid": float(os.getpid())}, note=str(params["seconds"]))

@@ -11,6 +11,7 @@ import pytest
 
 from bench import cli
 from bench.cases import e2e, loss, ring
+from bench.cases.loss_case import CE_PROVIDERS, ce_case
 from bench.gpu.parts import shape_names
 from bench.gpu.verdict import GOALS
 from bench.output import read_results
@@ -65,20 +66,48 @@ def test_cases_are_json_and_named_once() -> None:
         assert len({provider.name for provider in case.providers}) == len(case.providers)
 
 
-def test_the_goals_have_their_cases_on_a_gpu() -> None:
-    names = shape_names(rehearse=False)
-    found = [case.name for case in loss.cases(device="cuda", quick=False)]
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_the_goals_have_their_cases_on_a_gpu(rehearse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if rehearse else "0")
+    names = shape_names(rehearse=rehearse)
+    found = {
+        "loss": [case.name for case in loss.cases(device="cpu" if rehearse else "cuda", quick=False)],
+        "ring": [case.name for case in ring.cases(device="cuda", quick=False)],
+        "e2e": [case.name for case in e2e.cases(device="cuda", quick=True)],
+    }
     for goal in json.loads(GOALS.read_text()):
-        if goal["suite"] == "loss":
-            patterns = [goal[key].format_map(names) for key in ("case", "other_case") if key in goal]
-            assert all(fnmatch.filter(found, pattern) for pattern in patterns), goal
+        patterns = [goal[key].format_map(names) for key in ("case", "other_case") if key in goal]
+        assert all(fnmatch.filter(found[goal["suite"]], pattern) for pattern in patterns), goal
+
+
+def test_cross_entropy_needs_no_teacher() -> None:
+    providers = tuple(p for p in CE_PROVIDERS if p.name in ("kdflow", "eager"))
+    case = ce_case(loss.Shape(16, 96, 8, 12), "fp32", "cpu", providers)
+    assert case.work == 6 * 16 * 96 * 8
+    case = replace(case, params={**case.params, "backend": "auto"})
+    rows = {row.provider: row for row in run_case(case, Settings(reps=1), say=lambda text: None)}
+    assert {name: row.status for name, row in rows.items()} == dict.fromkeys(("3 GEMMs", "kdflow", "eager"), "ok"), rows
+    for name, value in rows["eager"].check.items():
+        assert rows["kdflow"].check[name] == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_sweep_has_lines_over_rows_vocabulary_and_hidden_size(device: str) -> None:
+    cases = loss.cases(device=device, quick=False, sweep=True)
+    first = cases[0].params
+    for name in ("num_rows", "vocab_size", "student_hidden"):
+        line = [case for case in cases if {**case.params, name: 0} == {**first, name: 0}]
+        assert len({case.params[name] for case in line}) >= 3
+        assert {case.providers[1].name for case in line} == {"kdflow"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["loss", "--shapes", "1,2"], "expected N,V,Hs,Ht"),
-        (["loss", "--quick", "--providers", "nobody"], "none of ['nobody'] is in"),
+        (["loss", "--shapes", "0,1,2,3"], "expected N,V,Hs,Ht"),
+        (["loss", "--sweep", "--quick"], "--sweep: has shapes of its own"),
+        (["loss", "--quick", "--providers", "kdflow", "nobody"], "no case has ['nobody']"),
         (["ring", "--cases", "nothing"], "no name contains 'nothing'"),
         (["compare", "absent.jsonl", "absent.jsonl"], "absent.jsonl"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ def judged(rows: Sequence[Row]) -> dict[str, verdict.Finding]:
 def test_every_goal_is_measured_or_says_why_not() -> None:
     found = judged(
         [
+            replace(row("grad_filter_eps", "kdflow, exact", 1.5, "ours"), case="grad_filter_eps bf16, a model"),
+            replace(row("grad_filter_eps", "kdflow, eps 2e-4", 0.9, "ours"), case="grad_filter_eps bf16, a model"),
             row("forward_kl", "kdflow", 1.1, "ours", peak_mib=700.0, check={"loss": 1.0}),
             row("forward_kl", "trl", 1.3, check={"loss": 1.05}),
             row("jsd", "kdflow", 1.15, "ours", peak_mib=1100.0, check={"loss": 2.0}),
@@ -47,6 +50,10 @@ def test_every_goal_is_measured_or_says_why_not() -> None:
     assert verdicts["loss, JSD: times as fast as TRL"] == ("pass", pytest.approx(2.0))
     assert verdicts["loss: peak above inputs and gradients, MiB"] == ("fail", 1100.0)  # the worst of both
     assert verdicts["loss: time of JSD over forward KL"] == ("pass", pytest.approx(1.045, abs=0.001))
+    assert verdicts["loss, filter on a real model's hidden states: share of the dense floor, %"] == (
+        "pass",
+        pytest.approx(111.1, abs=0.1),
+    )
     missing = found["loss, JSD: times as fast as Liger's fused JSD"]
     assert missing.verdict == "not measured"
     assert missing.note == "liger fused: failed: OOM"
@@ -69,7 +76,7 @@ def test_a_rehearsal_writes_rows_parts_verdict_and_a_page(tmp_path: Path) -> Non
     assert {goal["verdict"] for goal in machine["verdict"]} == {"not measured"}
     assert "not measured" in Path(f"{stem}.html").read_text()
     assert "bench ceilings" in Path(f"{stem}.log").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.html", "gpu.jsonl", "gpu.log"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.html", "gpu.jsonl", "gpu.log", "gpu.png"]
 
 
 def test_a_part_without_time_or_with_an_error_leaves_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +147,16 @@ def test_nothing_begins_after_the_deadline() -> None:
     case = Case("harness", "late", {}, (Provider("p", "no_such_module:function"),), 1.0, "byte")
     (found,) = run_case(case, Settings(deadline=time.monotonic()), say=lambda text: None)
     assert (found.status, found.note) == ("cut", "not begun before the run's deadline")
+
+
+def test_every_test_for_a_gpu_is_found() -> None:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-qq", "-p", "no:cacheprovider", "tests"]
+    listed = subprocess.run(command, cwd=parts.ROOT, capture_output=True, text=True, timeout=200, check=True).stdout
+    # A line for each file: its name and how many.
+    collected = {line.partition(":")[0] for line in listed.splitlines() if line.startswith("tests/")}
+    found = {file for files in parts.gpu_tests().values() for file in files}
+    assert len(collected) >= 6
+    assert collected == found
 
 
 def test_bad_parts(capsys: pytest.CaptureFixture[str]) -> None:

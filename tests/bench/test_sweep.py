@@ -15,7 +15,7 @@ from bench.environment import environment
 from bench.memory import process_tree
 from bench.model import Case, Provider, Role, Row
 from bench.output import read_results, write_results
-from bench.sweep import Settings, run_case
+from bench.sweep import Settings, run_case, run_cases
 
 CASES = "tests.bench.cases"
 
@@ -118,6 +118,19 @@ def test_a_provider_apart_starts_when_the_others_have_gone() -> None:
     ]
     assert [row.provider for row in rows] == ["sleeps", "sleeps_twice_as_long", "unavailable"]
     assert rows[1].floor_percent is not None
+
+
+def test_cases_of_a_pool_share_their_processes() -> None:
+    first = case(provider("tells_its_process"), provider("dies"), worker_pool="a")
+    second = replace(first, params={"seconds": 0.5})
+    other, alone = replace(first, worker_pool="b"), replace(first, worker_pool="")
+    told = [rows[0] for rows in run_cases([first, second, other, alone, alone], Settings(reps=1))]
+    assert [row.status for row in told] == ["ok"] * 5
+    assert [row.note for row in told[:2]] == ["0.02", "0.5"]  # set up anew
+    pids = [row.check["pid"] for row in told]
+    assert pids[0] == pids[1]
+    assert len(set(pids)) == 4
+    assert all(not Path(f"/proc/{int(pid)}").exists() for pid in pids)
 
 
 def test_closing_a_worker_ends_what_it_started() -> None:

@@ -29,6 +29,7 @@ PROVIDERS = (
     Provider("trl", f"{MODULE}:trl"),
 )
 ROW_CHUNKS = Provider("eager, row chunks recomputed", f"{MODULE}:row_chunks")
+VOCAB_CHUNKS = Provider("eager, vocabulary chunks", "bench.cases.loss_vocab_chunks:vocab_chunks")
 LIGER_FUSED = Provider("liger fused", f"{MODULE}:liger_fused")
 NATIVE_FLOOR = Provider("4 GEMMs", f"{MODULE}:gemms", "floor")
 
@@ -45,7 +46,7 @@ GPU_SWEEP = (
 GPU_QUICK_SHAPES = ((2048, 32000, 2048, 4096),)
 KDFLOW, EAGER, COMPILED, LIGER, _, TRL = PROVIDERS
 GPU_SWEPT = (KDFLOW, TRL, LIGER_FUSED)
-GPU_PROVIDERS = (*GPU_SWEPT, ROW_CHUNKS, LIGER, COMPILED, EAGER)
+GPU_PROVIDERS = (*GPU_SWEPT, ROW_CHUNKS, VOCAB_CHUNKS, LIGER, COMPILED, EAGER)
 PROFILE = Provider("kdflow, profiled", "bench.cases.loss_profile:kernels", "ours")
 # About what a process holds of the GPU: bytes for each of the N x V logits, and MiB besides inputs.
 LOGIT_BYTES = {"4 GEMMs": 6, "torch.compile": 22, "eager": 32}
@@ -140,7 +141,7 @@ def _gpu_cases(
     first, *others = (Shape(*shape) for shape in GPU_SHAPES)
     found = [
         _case(first, "bf16", "forward_kl", device, GPU_PROVIDERS),
-        _case(first, "bf16", "jsd", device, (*GPU_SWEPT, ROW_CHUNKS, LIGER)),
+        _case(first, "bf16", "jsd", device, (*GPU_SWEPT, ROW_CHUNKS, VOCAB_CHUNKS, LIGER)),
         *(profile_case(first, divergence, device) for divergence in DIVERGENCES),
         *(_case(shape, "bf16", "forward_kl", device, GPU_SWEPT) for shape in others),
         _case(first, "bf16", "reverse_kl", device, GPU_SWEPT),

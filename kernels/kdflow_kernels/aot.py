@@ -70,7 +70,8 @@ def compile_kernels(
     twin = get_divergence(divergence).jit()
     columns = 152_064
     launch = layout(DTYPES[dtype], columns, 132)
-    constants: dict[str, object] = {"LANES": launch.lanes, "WIDTH": launch.width, **FLAGS, **options}
+    constants: dict[str, object] = {"LANES": launch.lanes, "WIDTH": launch.width, "KEPT_SHARE": launch.kept_share}
+    constants |= {**FLAGS, **options}
     constants |= {"POINTWISE": None, "GRADIENT_SUM": None, "ROW_PARAMETERS": False, "NUM_CHOICES": 0}
     kernels: dict[str, Any] = {"row": row_kernel}
     if isinstance(twin, JITPointwise):

@@ -7,8 +7,8 @@ Generic in the divergence, which comes as a JIT function. For each row:
 2. where the sum over the vocabulary of df/dlog q is not known beforehand, one for it and for the loss;
 3. one that writes dloss/dlogits, over the student's logits if they have the same dtype.
 
-Every pass goes the other way than the one before, so that it begins with what is still in the cache. All arithmetic is in
-fp32. What divergences of whole rows need beside this is found by statistics_kernels.
+Every pass goes the other way than the one before, so that it begins with what is still in the cache; all but the end of a
+pass is read and written as what the cache may give up first. All arithmetic is in fp32. What divergences of whole rows need beside this is found by statistics_kernels.
 
 Legend: see jit_rows.
 """
@@ -51,7 +51,7 @@ def row_kernel(
     PARTIAL: tl.constexpr, PAIRED: tl.constexpr, TEMPERED: tl.constexpr,
     STUDENT_BIAS: tl.constexpr, STUDENT_SCALE: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr,
     TEACHER_BIAS: tl.constexpr, TEACHER_SCALE: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, KEPT_SHARE: tl.constexpr,
 ):  # fmt: skip
     """Every num_programs-th row of C.
 
@@ -61,6 +61,8 @@ def row_kernel(
     row_parameters (C, 2): a parameter and the gradient sum of each row, instead of `parameter` and GRADIENT_SUM.
     choices, choice_gradients (C, NUM_CHOICES): columns, repeated ones adding up, and df/dlog q there, nothing elsewhere;
     kd is then not written. active (V,) bytes: set to 1 where the row loss's derivative exceeds filter_eps in any row.
+
+    KEPT_SHARE: the last of so many parts of a pass is for the next pass to find in the cache; 0: the cache decides.
     """
     BLOCK: tl.constexpr = LANES * WIDTH
     # Cross-entropy has statistics of its own unless temperature and columns are the divergence's.
@@ -70,10 +72,17 @@ def row_kernel(
     SUM_PASS: tl.constexpr = POINTWISE is not None and not (SUM_KNOWN and KD_GRADIENT)
     PADDING: tl.constexpr = -65504.0 if gradient.dtype.element_ty == tl.float16 else LOWEST
 
+    # A pass is cut in two where that begins which is to stay in the cache until the next one reads it.
+    LAST_PART: tl.constexpr = 1 if KEPT_SHARE > 0 else 0
+    READ_LAST: tl.constexpr = "evict_first" if KEPT_SHARE > 0 else ""
+
     exponent = inverse_temperature * LOG2_E
     lanes = tl.arange(0, LANES)
     offsets = lanes[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     last = tl.cdiv(V, BLOCK) - 1
+    kept_from = 0
+    if KEPT_SHARE > 0:
+        kept_from = last + 1 - tl.cdiv(last + 1, KEPT_SHARE)
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         student_row = student + row * student_stride
         teacher_row = teacher + row * teacher_stride
@@ -85,19 +94,21 @@ def row_kernel(
         best_s = tl.zeros((LANES,), tl.int32)
         m_t, total_t, moment_t, best_t = m_s, total_s, moment_s, best_s
         m_z, total_z, moment_z, best_z = m_s, total_s, moment_s, best_s
-        for step in range(last + 1):
-            columns = step * BLOCK + offsets
-            z, x, y = logits(
-                student_row, teacher_row, columns, V, K, teacher_ids,
-                student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
-                HAS_TEACHER, PARTIAL, PAIRED,
-                STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
-            )  # fmt: skip
-            m_s, total_s, moment_s, best_s = take_in(x, step, exponent, m_s, total_s, moment_s, best_s)
-            if HAS_TEACHER:
-                m_t, total_t, moment_t, best_t = take_in(y, step, exponent, m_t, total_t, moment_t, best_t)
-            if OWN_CE:
-                m_z, total_z, moment_z, best_z = take_in(z, step, LOG2_E, m_z, total_z, moment_z, best_z)
+        for part in tl.static_range(LAST_PART + 1):
+            for step in range(part * kept_from, kept_from if part < LAST_PART else last + 1):
+                columns = step * BLOCK + offsets
+                z, x, y = logits(
+                    student_row, teacher_row, columns, V, K, teacher_ids,
+                    student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
+                    HAS_TEACHER, PARTIAL, PAIRED,
+                    STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
+                    READ_LAST if part < LAST_PART else "",
+                )  # fmt: skip
+                m_s, total_s, moment_s, best_s = take_in(x, step, exponent, m_s, total_s, moment_s, best_s)
+                if HAS_TEACHER:
+                    m_t, total_t, moment_t, best_t = take_in(y, step, exponent, m_t, total_t, moment_t, best_t)
+                if OWN_CE:
+                    m_z, total_z, moment_z, best_z = take_in(z, step, LOG2_E, m_z, total_z, moment_z, best_z)
         top_s, log_sum_s, entropy_s = merge(exponent, m_s, total_s, moment_s)
         top_z, log_sum_z = top_s, log_sum_s
         if OWN_CE:
@@ -148,17 +159,19 @@ def row_kernel(
             gradient_sum += tl.load(choice_gradients + row * NUM_CHOICES + choice)
         if SUM_PASS:
             sums = tl.zeros((LANES,), tl.float32)
-            for backwards in range(last + 1):
-                columns = (last - backwards) * BLOCK + offsets
-                z, x, y = logits(
-                    student_row, teacher_row, columns, V, K, teacher_ids,
-                    student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
-                    HAS_TEACHER, PARTIAL, PAIRED,
-                    STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
-                )  # fmt: skip
-                f, g, q = _terms(x, y, exponent, top_s, log_sum_s, top_t, log_sum_t, parameter, POINTWISE)
-                loss += tl.sum(f, 1)
-                sums += tl.sum(g, 1)
+            for part in tl.static_range(LAST_PART + 1):
+                for backwards in range(part * kept_from, kept_from if part < LAST_PART else last + 1):
+                    columns = (last - backwards) * BLOCK + offsets
+                    z, x, y = logits(
+                        student_row, teacher_row, columns, V, K, teacher_ids,
+                        student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
+                        HAS_TEACHER, PARTIAL, PAIRED,
+                        STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
+                        READ_LAST if part < LAST_PART or not FORM_GRADIENT else "",
+                    )  # fmt: skip
+                    f, g, q = _terms(x, y, exponent, top_s, log_sum_s, top_t, log_sum_t, parameter, POINTWISE)
+                    loss += tl.sum(f, 1)
+                    sums += tl.sum(g, 1)
             gradient_sum = tl.sum(sums, 0)
 
         if FORM_GRADIENT:
@@ -173,6 +186,7 @@ def row_kernel(
                     student_bias, student_scale, student_softcap, teacher_bias, teacher_scale, teacher_softcap,
                     HAS_TEACHER, PARTIAL, PAIRED,
                     STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP, TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
+                    READ_LAST,
                 )  # fmt: skip
                 dz = tl.zeros((LANES, WIDTH), tl.float32)
                 if KD_GRADIENT:
@@ -206,7 +220,7 @@ def row_kernel(
                 if step == last:
                     # The padding stays without mass; a masked store would be cut into single elements.
                     dz = tl.where(columns < V, dz, PADDING)
-                tl.store(gradient_row + columns, dz.to(gradient.dtype.element_ty))
+                tl.store(gradient_row + columns, dz.to(gradient.dtype.element_ty), eviction_policy=READ_LAST)
         if POINTWISE is not None:
             tl.store(kd + row, tl.sum(loss, 0))
 

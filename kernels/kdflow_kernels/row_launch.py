@@ -19,12 +19,13 @@ STATISTICS_REGISTERS = 128
 
 @dataclass(frozen=True)
 class Layout:
-    """How a kernel is laid out: LANES x WIDTH columns a block, warps and number of programs."""
+    """How a kernel is laid out: LANES x WIDTH columns a block, warps and number of programs; see row_kernel."""
 
     lanes: int
     width: int
     num_warps: int
     num_programs: int
+    kept_share: int
 
     @property
     def block(self) -> int:
@@ -110,6 +111,7 @@ class RowLauncher:
             "KD_GRADIENT": bool(self.needs) and problem.teacher is not None and problem.kd_weight != 0.0,
             "CE_GRADIENT": bool(self.needs) and problem.ce_weight != 0.0 and problem.labels is not None,
             "TEMPERED": problem.temperature != 1.0,
+            "KEPT_SHARE": self.layout.kept_share,
         }
         with on(self.row_scale.device):
             if pointwise is not None and pointwise.row_parameters is not None:

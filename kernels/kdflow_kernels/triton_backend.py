@@ -34,6 +34,8 @@ STAGGER = 64
 LANES = 512
 NUM_WARPS = 8
 PROGRAMS_PER_PROCESSOR = 4
+# Of the row kernel: by a model of the cache, not yet by a measurement; see docs/design/hopper_kernels.md.
+KEPT_SHARE = 4
 # Up to here the weight's gradient is summed over groups in its own dtype: a handful of roundings, 1.6 times the error of
 # one at four groups. Beyond, in fp32.
 GROUPS_IN_LOW_PRECISION = 6
@@ -85,7 +87,7 @@ def layout(item_bytes: int, num_columns: int, num_processors: int) -> Layout:
     lanes = LANES
     while lanes > 32 and lanes * width >= 2 * num_columns:
         lanes //= 2
-    return Layout(lanes, width, min(NUM_WARPS, lanes // 32), PROGRAMS_PER_PROCESSOR * num_processors)
+    return Layout(lanes, width, min(NUM_WARPS, lanes // 32), PROGRAMS_PER_PROCESSOR * num_processors, KEPT_SHARE)
 
 
 def plan_groups(num_rows: int, row_bytes: int) -> int:

@@ -1,4 +1,4 @@
-# pyright: reportAssignmentType=false
+# pyright: reportAssignmentType=false, reportArgumentType=false
 """What every kernel over rows of logits does: read a block of both sides as fp32, and keep softmax statistics of it.
 
 Logits are read as stored; exponentials are powers of 2 of logits times `exponent`, which is log2(e) / temperature.

@@ -72,7 +72,8 @@ def row_kernel(
     """
     BLOCK: tl.constexpr = LANES * WIDTH
     # Cross-entropy has statistics of its own unless temperature and columns are the divergence's.
-    OWN_CE: tl.constexpr = HAS_LABELS and (TEMPERED or PARTIAL or PAIRED or STAGE != "whole")
+    # Not by STAGE != "whole", which Triton's compiler takes for true.
+    OWN_CE: tl.constexpr = HAS_LABELS and (TEMPERED or PARTIAL or PAIRED or STAGE == "own" or STAGE == "given")
     FORM_GRADIENT: tl.constexpr = KD_GRADIENT or CE_GRADIENT
     SUM_KNOWN: tl.constexpr = ROW_PARAMETERS or GRADIENT_SUM is not None or STAGE == "given"
     SUM_PASS: tl.constexpr = POINTWISE is not None and not (SUM_KNOWN and KD_GRADIENT)

@@ -19,6 +19,7 @@ from kdflow_kernels import fused_kd_loss, get_divergence, triton_backend
 from kdflow_kernels.problem import GradientNeeds, Head, Problem
 
 RECORDS: list[dict] = []
+KEPT_SHARES = (0, 2, 4, 8)
 
 
 def median_ms(step: Callable[[], object], *, repetitions: int = 7) -> float:
@@ -129,6 +130,7 @@ def row_kernel(s: Shape, *, fp32: bool, divergence: str, layouts: list[tuple[int
         triton_backend.LANES, triton_backend.NUM_WARPS = lanes, warps
         triton_backend.PROGRAMS_PER_PROCESSOR = programs
         name = f"{divergence} {'fp32' if fp32 else 'bf16'} lanes {lanes} warps {warps} programs {programs}"
+        name += f" kept 1/{triton_backend.KEPT_SHARE}" if triton_backend.KEPT_SHARE else " kept as it comes"
         try:
             run = triton_backend._Run(problem(s, divergence, rows), GradientNeeds(True, True, False))
             terms = run._empty_terms()
@@ -193,18 +195,24 @@ def main() -> int:
         return 2
     s = Shape(given.shape)
     floor_ms = gemms(s)
-    names = ("LANES", "NUM_WARPS", "PROGRAMS_PER_PROCESSOR")
+    names = ("LANES", "NUM_WARPS", "PROGRAMS_PER_PROCESSOR", "KEPT_SHARE")
     constants = {name: getattr(triton_backend, name) for name in names}
     if given.layouts:
         layouts = [(512, 8, 4), (512, 8, 2), (256, 8, 4), (256, 8, 8), (512, 16, 2), (1024, 16, 1), (1024, 32, 1)]
         for fp32, divergence in itertools.product((False, True), ("forward_kl", "jsd")):
             row_kernel(s, fp32=fp32, divergence=divergence, layouts=layouts)
+    layout = [(constants["LANES"], constants["NUM_WARPS"], constants["PROGRAMS_PER_PROCESSOR"])]
+    for divergence, kept_share in itertools.product(("forward_kl", "jsd"), KEPT_SHARES):
+        triton_backend.KEPT_SHARE = kept_share
+        row_kernel(s, fp32=False, divergence=divergence, layouts=layout, rows=triton_backend.CHUNK_ROWS)
     triton_backend.keep_logits_in_fp32(False)
     for key, value in constants.items():
         setattr(triton_backend, key, value)
     whole_loss(s, floor_ms, "as it comes")
     whole_loss(s, floor_ms, "as it comes", "jsd")
     whole_loss(s, floor_ms, "as it comes", "reverse_kl")
+    for divergence, kept_share in itertools.product(("forward_kl", "jsd"), KEPT_SHARES):
+        whole_loss(s, floor_ms, f"kept share {kept_share}", divergence, KEPT_SHARE=kept_share)
     whole_loss(s, floor_ms, "fp32 logits", _fp32_logits=True)
     whole_loss(s, floor_ms, "fp32 sums of dW", GROUPS_IN_LOW_PRECISION=0)
     whole_loss(s, floor_ms, "rows not staggered", STAGGER=0)

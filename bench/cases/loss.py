@@ -23,6 +23,7 @@ from bench.cases.loss_case import (
     LIGER_SMALL,
     ROW_CHUNKS,
     TRL,
+    VOCAB_CHUNKS,
     Shape,
     ce_case,
     filter_case,
@@ -46,7 +47,7 @@ GPU_SHAPES = (Shape(8192, 151936, 2560, 2048), Shape(8192, 151936, 2560, 4096))
 GPU_QUICK_SHAPES = (Shape(2048, 32000, 2048, 4096),)
 REHEARSED_SHAPES = (Shape(8, 256, 40, 48), Shape(8, 256, 40, 64))
 GPU_NEAR = (KDFLOW, TRL, LIGER_FUSED)
-GPU_PROVIDERS = (*GPU_NEAR, ROW_CHUNKS, LIGER, COMPILED, EAGER)
+GPU_PROVIDERS = (*GPU_NEAR, ROW_CHUNKS, VOCAB_CHUNKS, LIGER, COMPILED, EAGER)
 GPU_SWEPT = (KDFLOW, TRL, COMPILED)
 
 
@@ -124,7 +125,7 @@ def _gpu_cases(device: str) -> list[Case]:
     first, wide = _shapes(device, quick=False)
     found = [
         kd_case(first, "bf16", "forward_kl", device, GPU_PROVIDERS),
-        kd_case(first, "bf16", "jsd", device, (*GPU_NEAR, ROW_CHUNKS, LIGER)),
+        kd_case(first, "bf16", "jsd", device, (*GPU_NEAR, ROW_CHUNKS, VOCAB_CHUNKS, LIGER)),
         kd_case(wide, "bf16", "forward_kl", device, (*GPU_NEAR, COMPILED)),
         kd_case(first, "bf16", "reverse_kl", device, GPU_NEAR),
     ]

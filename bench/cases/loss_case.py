@@ -20,6 +20,7 @@ LIGER_SMALL = Provider("liger chunk 128", f"{MODULE}:liger_small_chunks")
 LIGER_FUSED = Provider("liger fused", f"{MODULE}:liger_fused")
 TRL = Provider("trl", f"{MODULE}:trl")
 ROW_CHUNKS = Provider("eager, row chunks recomputed", f"{MODULE}:row_chunks")
+VOCAB_CHUNKS = Provider("eager, vocabulary chunks", "bench.cases.loss_vocab_chunks:vocab_chunks")
 PROFILE = Provider("kdflow, profiled", "bench.cases.loss_profile:kernels", "ours")
 
 CROSS_ENTROPY = "bench.cases.loss_ce"

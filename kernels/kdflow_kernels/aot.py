@@ -19,7 +19,7 @@ from kdflow_kernels.registers import next_allowance
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bf16": 2, "fp32": 4}
 # What makes code of its own in the kernel, each alone; the first is the plain case.
-OPTIONS: dict[str, dict[str, bool]] = {
+OPTIONS: dict[str, dict[str, bool | str]] = {
     "plain": {},
     "ce": {"HAS_LABELS": True, "CE_GRADIENT": True},
     "ce, tempered": {"HAS_LABELS": True, "CE_GRADIENT": True, "TEMPERED": True},
@@ -28,6 +28,12 @@ OPTIONS: dict[str, dict[str, bool]] = {
     "filter": {"FILTER": True},
     "bias, scale, softcap": {f"{s}_{o}": True for s in ("STUDENT", "TEACHER") for o in ("BIAS", "SCALE", "SOFTCAP")},
     "no gradient": {"KD_GRADIENT": False},
+}
+# The stages of heads cut over ranks.
+PARTS: dict[str, dict[str, bool | str]] = {
+    "parts, statistics": {"STAGE": "own", "HAS_LABELS": True, "KD_GRADIENT": False},
+    "parts, sums": {"STAGE": "given", "KD_GRADIENT": False},
+    "parts, gradient": {"STAGE": "given", "HAS_LABELS": True, "CE_GRADIENT": True},
 }
 FLAGS = {
     "HAS_TEACHER": True,
@@ -41,6 +47,7 @@ POINTERS = {
 }  # fmt: skip
 FP32_POINTERS = (
     "row_scale", "row_parameters", "choice_gradients", "kd", "ce", "student_entropy", "teacher_entropy", "agreement",
+    "statistics",
 )  # fmt: skip
 INTEGERS = ("student_stride", "teacher_stride", "gradient_stride", "num_rows", "V", "K")
 
@@ -58,7 +65,7 @@ class Resources:
 
 
 def compile_kernels(
-    divergence: str, options: dict[str, bool], *, dtype: str, architecture: int
+    divergence: str, options: dict[str, bool | str], *, dtype: str, architecture: int
 ) -> dict[str, Resources]:
     """Compiles one form of the row kernel, and what goes before it, as the launcher would have it for a wide row."""
     from kdflow_kernels.divergences import JITChoices, JITPointwise, get_divergence
@@ -70,7 +77,13 @@ def compile_kernels(
     twin = get_divergence(divergence).jit()
     columns = 152_064
     launch = layout(DTYPES[dtype], columns, 132)
-    constants: dict[str, object] = {"LANES": launch.lanes, "WIDTH": launch.width, **FLAGS, **options}
+    constants: dict[str, object] = {
+        "LANES": launch.lanes,
+        "WIDTH": launch.width,
+        "KEPT_SHARE": launch.kept_share,
+        "STAGE": 0,
+    }
+    constants |= {**FLAGS, **options}
     constants |= {"POINTWISE": None, "GRADIENT_SUM": None, "ROW_PARAMETERS": False, "NUM_CHOICES": 0}
     kernels: dict[str, Any] = {"row": row_kernel}
     if isinstance(twin, JITPointwise):
@@ -78,6 +91,8 @@ def compile_kernels(
         if twin.row_parameters is not None:
             constants["ROW_PARAMETERS"] = True
             kernels["parameters"] = twin.row_parameters
+        if constants["STAGE"] == "own":
+            constants |= {"POINTWISE": None, "GRADIENT_SUM": None}
     elif isinstance(twin, JITChoices):
         constants |= {"OF_CHOICES": twin.function, "TOP_K": twin.top_k, "NUM_CHOICES": 2 * twin.top_k}
         constants |= {"CHOICES": power_of_two(twin.top_k), "STEPS": power_of_two(-(-columns // launch.block))}
@@ -171,8 +186,11 @@ def main(arguments: list[str] | None = None) -> int:
     # What an option makes of the code is seen with one divergence of each kind.
     kinds = ("forward_kl", "adaptive_kl", "hierarchical_ranking")
     for architecture, dtype, name in itertools.product(given.arch[-1:] if given.quick else given.arch, DTYPES, names):
-        for option in ["plain"] if given.quick or name not in kinds else OPTIONS:
-            for kernel, found in compile_kernels(name, OPTIONS[option], dtype=dtype, architecture=architecture).items():
+        options = {"plain": OPTIONS["plain"]} if given.quick or name not in kinds else OPTIONS
+        if name == "jsd" and not given.quick:
+            options = options | PARTS
+        for option, flags in options.items():
+            for kernel, found in compile_kernels(name, flags, dtype=dtype, architecture=architecture).items():
                 spilled += found.spills > 0
                 print(f"sm_{architecture} {dtype} {name:20} {kernel:10} {option:21} {found}", flush=True)
     return 1 if spilled else 0

@@ -14,13 +14,11 @@ def choose_backend(backend: str, problem: Problem) -> ModuleType | None:
     """The module that runs the problem; None: the reference, which is no chunked backend.
 
     "auto" is Triton on CUDA where triton is installed, else torch. What the row kernel does not cover (fp64, divergences
-    without a JIT form, heads cut over ranks) goes to torch from both. Raises RuntimeError for "triton" where it cannot run.
+    without a JIT form) goes to torch from both. Raises RuntimeError for "triton" where it cannot run.
     """
-    if problem.vocab_parallel is not None:
-        if backend not in ("auto", "torch"):
-            raise ValueError(f"backend: {backend!r} cannot have vocab_parallel; use 'torch', which has it, or 'auto'")
-        return torch_backend
     if backend == "reference":
+        if problem.vocab_parallel is not None:
+            raise ValueError("backend: 'reference' cannot have vocab_parallel; use 'torch' or 'triton', or 'auto'")
         return None
     if backend == "torch":
         return torch_backend

@@ -82,7 +82,7 @@ def fused_kd_loss(
         vocab_parallel: both heads are cut by tokens over the ranks of a group: see ``VocabParallel``. student_weight,
             teacher_weight and the biases are this rank's part; shift_labels and vocab_size are those of the whole
             heads. Every rank gets the same output, student_weight's gradient is that of its part, and student_input's
-            is whole unless left partial. It runs in torch on every device.
+            is whole unless left partial.
 
     Returns:
         KDLossOutput. The loss is fp32 (fp64 for fp64 inputs).

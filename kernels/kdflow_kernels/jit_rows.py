@@ -1,4 +1,4 @@
-# pyright: reportAssignmentType=false
+# pyright: reportAssignmentType=false, reportArgumentType=false
 """What every kernel over rows of logits does: read a block of both sides as fp32, and keep softmax statistics of it.
 
 Logits are read as stored; exponentials are powers of 2 of logits times `exponent`, which is log2(e) / temperature.
@@ -42,10 +42,11 @@ def _transform(
 
 @triton.jit
 def student_logits(
-    z_row, columns, V, bias, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr
-):
+    z_row, columns, V, bias, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    EVICTION: tl.constexpr = "",
+):  # fmt: skip
     """Logits at temperature 1; LOWEST beyond V."""
-    z = tl.load(z_row + columns).to(tl.float32)
+    z = tl.load(z_row + columns, eviction_policy=EVICTION).to(tl.float32)
     if HAS_BIAS or HAS_SCALE or HAS_SOFTCAP:
         valid = columns < V
         z = _transform(z, bias, columns, valid, scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
@@ -60,11 +61,12 @@ def logits(
     HAS_TEACHER: tl.constexpr, PARTIAL: tl.constexpr, PAIRED: tl.constexpr,
     STUDENT_BIAS: tl.constexpr, STUDENT_SCALE: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr,
     TEACHER_BIAS: tl.constexpr, TEACHER_SCALE: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr,
+    EVICTION: tl.constexpr = "",
 ):  # fmt: skip
     """Logits at temperature 1: the student's, and student's and teacher's as compared, LOWEST where they are not."""
     z = student_logits(
         student_row, columns, V, student_bias, student_scale, student_softcap,
-        STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP,
+        STUDENT_BIAS, STUDENT_SCALE, STUDENT_SOFTCAP, EVICTION,
     )  # fmt: skip
     x, y = z, z
     if PAIRED:
@@ -79,7 +81,7 @@ def logits(
         if PAIRED:
             y = tl.load(teacher_row + indices, mask=compared, other=LOWEST).to(tl.float32)
         else:
-            y = tl.load(teacher_row + columns).to(tl.float32)
+            y = tl.load(teacher_row + columns, eviction_policy=EVICTION).to(tl.float32)
         y = _transform(
             y, teacher_bias, indices, compared, teacher_scale, teacher_softcap,
             TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,

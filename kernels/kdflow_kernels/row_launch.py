@@ -19,12 +19,13 @@ STATISTICS_REGISTERS = 128
 
 @dataclass(frozen=True)
 class Layout:
-    """How a kernel is laid out: LANES x WIDTH columns a block, warps and number of programs."""
+    """How a kernel is laid out: LANES x WIDTH columns a block, warps and number of programs; see row_kernel."""
 
     lanes: int
     width: int
     num_warps: int
     num_programs: int
+    kept_share: int
 
     @property
     def block(self) -> int:
@@ -74,15 +75,42 @@ class RowLauncher:
         from kdflow_kernels.row_kernels import row_kernel
         from kdflow_kernels.statistics_kernels import choice_kernel
 
-        problem, pointwise = self.problem, self.pointwise
-        grid = (min(chunk.stop - chunk.start, self.layout.num_programs),)
+        pointwise = self.pointwise
+        grid = self._grid(chunk)
         sources = self._sources(chunk.stop - chunk.start, student_logits, teacher_logits)
-        parameter = 0.0 if pointwise is None else pointwise.parameter
+        of_rows = self._of_rows(chunk, gradient, terms)
+        with on(self.row_scale.device):
+            if pointwise is not None and pointwise.row_parameters is not None:
+                launch(
+                    pointwise.row_parameters,
+                    grid,
+                    {**sources, "row_parameters": self.row_parameters, "parameter": of_rows["parameter"]},
+                    allowance=STATISTICS_REGISTERS,
+                )
+            if self.choices is not None:
+                of_choices = {
+                    "kd": of_rows["kd"],
+                    "choices": self.columns,
+                    "choice_gradients": self.gradients,
+                    "OF_CHOICES": self.choices.function,
+                    "TOP_K": self.top_k,
+                    "CHOICES": power_of_two(self.top_k),
+                    "STEPS": power_of_two(-(-self.num_columns // self.layout.block)),
+                }
+                launch(choice_kernel, grid, {**sources, **of_choices}, allowance=STATISTICS_REGISTERS)
+            launch(row_kernel, grid, {**sources, **of_rows})
+
+    def _grid(self, chunk: slice) -> tuple[int]:
+        return (min(chunk.stop - chunk.start, self.layout.num_programs),)
+
+    def _of_rows(self, chunk: slice, gradient: Tensor, terms: RowTerms) -> dict[str, Any]:
+        """What the row kernel is given beside its sources, for whole rows."""
+        problem, pointwise = self.problem, self.pointwise
 
         def rows_of(tensor: Tensor | None) -> Tensor:
             return self._or_nothing(None if tensor is None else tensor[chunk])
 
-        of_rows = {
+        return {
             "labels": rows_of(problem.labels),
             "row_scale": self.row_scale[chunk],
             "row_parameters": self._or_nothing(self.row_parameters),
@@ -96,9 +124,10 @@ class RowLauncher:
             "student_entropy": rows_of(terms.student_entropy),
             "teacher_entropy": rows_of(terms.teacher_entropy),
             "agreement": rows_of(terms.top1_agreement),
+            "statistics": self.row_scale,
             "kd_weight": problem.kd_weight,
             "ce_weight": problem.ce_weight,
-            "parameter": parameter,
+            "parameter": 0.0 if pointwise is None else pointwise.parameter,
             "filter_eps": problem.grad_filter_eps,
             "POINTWISE": None if pointwise is None else pointwise.function,
             "GRADIENT_SUM": None if pointwise is None else pointwise.gradient_sum,
@@ -110,27 +139,9 @@ class RowLauncher:
             "KD_GRADIENT": bool(self.needs) and problem.teacher is not None and problem.kd_weight != 0.0,
             "CE_GRADIENT": bool(self.needs) and problem.ce_weight != 0.0 and problem.labels is not None,
             "TEMPERED": problem.temperature != 1.0,
+            "KEPT_SHARE": self.layout.kept_share,
+            "STAGE": "whole",
         }
-        with on(self.row_scale.device):
-            if pointwise is not None and pointwise.row_parameters is not None:
-                launch(
-                    pointwise.row_parameters,
-                    grid,
-                    {**sources, "row_parameters": self.row_parameters, "parameter": parameter},
-                    allowance=STATISTICS_REGISTERS,
-                )
-            if self.choices is not None:
-                of_choices = {
-                    "kd": rows_of(terms.kd),
-                    "choices": self.columns,
-                    "choice_gradients": self.gradients,
-                    "OF_CHOICES": self.choices.function,
-                    "TOP_K": self.top_k,
-                    "CHOICES": power_of_two(self.top_k),
-                    "STEPS": power_of_two(-(-self.num_columns // self.layout.block)),
-                }
-                launch(choice_kernel, grid, {**sources, **of_choices}, allowance=STATISTICS_REGISTERS)
-            launch(row_kernel, grid, {**sources, **of_rows})
 
     def _sources(self, num_rows: int, student_logits: Tensor, teacher_logits: Tensor | None) -> dict[str, Any]:
         """What all kernels are given: both sides' logits, how to read them, and the layout."""

@@ -10,7 +10,7 @@ import sys
 import pytest
 from test_triton_backend import DIVERGENCES
 
-from kdflow_kernels.aot import ARCHITECTURES, DTYPES, OPTIONS
+from kdflow_kernels.aot import ARCHITECTURES, DTYPES, OPTIONS, PARTS
 from kdflow_kernels.registers import next_allowance
 
 pytest.importorskip("triton")
@@ -29,7 +29,7 @@ def test_every_form_compiles_and_spills_nothing(architecture: int):
     found = [LINE.fullmatch(line) for line in done.stdout.splitlines()]
     assert all(found), done.stdout
     assert {(m[2], m[3]) for m in found if m} == {(dtype, name) for dtype in DTYPES for name in DIVERGENCES}
-    assert {m[5] for m in found if m} == set(OPTIONS)
+    assert {m[5] for m in found if m} == {*OPTIONS, *PARTS}
     for match in found:
         assert match is not None
         registers, spills, accesses = int(match[6]), int(match[8]), match[9]
@@ -37,7 +37,8 @@ def test_every_form_compiles_and_spills_nothing(architecture: int):
         assert spills == 0
         # Paired reads the teacher's logits one by one, the student's at once.
         assert "LDG.128" in accesses, match[0]
-        assert ("STG.128" in accesses) == (match[4] == "row" and match[5] != "no gradient"), match[0]
+        forms_gradient = match[4] == "row" and match[5] not in ("no gradient", "parts, statistics", "parts, sums")
+        assert ("STG.128" in accesses) == forms_gradient, match[0]
 
 
 def test_allowances_grow():

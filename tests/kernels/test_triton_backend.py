@@ -134,6 +134,22 @@ def test_of_equal_tokens_the_first_is_the_top():
     assert fused_kd_loss(hidden, student, hidden, teacher, backend="triton").top1_agreement == 0
 
 
+@pytest.mark.parametrize("kept_share", [0, 1, 2, 100])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("vocab", [60, 300])
+def test_where_a_pass_is_cut_changes_nothing(
+    vocab: int, divergence: str, kept_share: int, monkeypatch: pytest.MonkeyPatch
+):
+    """For the cache alone; a block, and three of them, the last one uneven."""
+    case = make(divergence=divergence, ce_weight=0.3, temperature=1.5, vocab=vocab).to(DEVICE)
+    expected_loss, expected = ours(case, torch.float32, "triton")
+    monkeypatch.setattr(triton_backend, "KEPT_SHARE", kept_share)
+    loss, gradients = ours(case, torch.float32, "triton")
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0.0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-8)
+
+
 def test_cross_entropy_alone():
     case = make(kd_weight=0.0, ce_weight=1.0)
     for name in ("teacher_input", "teacher_weight"):
@@ -242,7 +258,7 @@ class TestOnTheGPU:
     def test_other_dtypes(self, dtype: torch.dtype):
         check(bf16_case(300, 32_000, 128, 128, ce_weight=0.5), dtype)
 
-    @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+    @pytest.mark.parametrize("divergence", DIVERGENCES)
     def test_the_same_again_is_the_same_to_the_bit(self, divergence: str):
         case = bf16_case(2500, 64_000, 256, 256, divergence=divergence)
         loss, grads = ours(case, torch.bfloat16, "triton")
@@ -276,8 +292,9 @@ class TestOnTheGPU:
         peak = torch.cuda.max_memory_allocated() - before - h.nbytes - w.nbytes
         assert peak < 2**30
 
-    def test_in_a_cuda_graph(self):
-        case = bf16_case(512, 32_000, 128, 128)
+    @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "adaptive_kl", "hierarchical_ranking"])
+    def test_in_a_cuda_graph(self, divergence: str):
+        case = bf16_case(512, 32_000, 128, 128, divergence=divergence)
         tensors = case.tensors
         for name in ("student_input", "student_weight"):
             tensors[name].grad = torch.zeros_like(tensors[name])
@@ -285,13 +302,13 @@ class TestOnTheGPU:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                fused_kd_loss(**tensors).loss.backward()
+                fused_kd_loss(**tensors, **case.options).loss.backward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         for name in ("student_input", "student_weight"):
             tensors[name].grad = None
         with torch.cuda.graph(graph):
-            output = fused_kd_loss(**tensors)
+            output = fused_kd_loss(**tensors, **case.options)
             output.loss.backward()
         tensors["student_input"].data.mul_(0.5)
         graph.replay()

@@ -20,6 +20,7 @@ from kdflow_kernels import (
     list_divergences,
     tiled_logits,
     torch_rows,
+    triton_backend,
 )
 from support.ranks import run_on_ranks
 
@@ -36,6 +37,22 @@ CASES = pairwise(
 )
 # Where the parts of the ranks begin and end, as parts of the vocabulary: even, uneven, with a rank that has nothing.
 CUTS = {2: [(0, 0.5, 1), (0, 0.95, 1)], 3: [(0, 0.2, 0.2, 1), (0, 0.4, 0.9, 1)]}
+# Fewer, for the interpreter is slow; the last cut leaves a rank without columns.
+TRITON_CASES = pairwise(
+    {
+        "divergence": POINTWISE,
+        "dtype": (torch.float32, torch.bfloat16),
+        "vocabulary": ("same", "padded"),
+        "labels": ("some ignored", "none"),
+        "ce_weight": (0.0, 0.4),
+        "kd_weight": (1.0, 0.7),
+        "temperature": (1.0, 2.5),
+        "student_softcap": (None, 4.0),
+        "vocab": (61, 300),
+        "cut": ((0, 0.5, 1), (0, 0.99, 1), (0, 1, 1)),
+    }
+)
+TRITON_CASES.append({**TRITON_CASES[0], "kd_weight": 0.0, "ce_weight": 1.0, "labels": "some ignored"})
 
 
 def part(case: Case, cut: tuple[float, ...], **options: Any) -> tuple[Case, slice]:
@@ -103,6 +120,46 @@ def differences() -> list[tuple[float, str]]:
 @pytest.mark.parametrize("num_ranks", CUTS)
 def test_parts_make_the_whole(tmp_path: Path, num_ranks: int) -> None:
     for worst in run_on_ranks(num_ranks, tmp_path / "ranks", differences):
+        assert worst[0][0] < 1.0, worst
+
+
+def triton_excesses() -> list[tuple[float, str]]:
+    """How far the Triton backend's results on this rank's part are from fp64, in what eager code's distance allows."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    triton_backend.LANES, triton_backend.CHUNK_ROWS = 32, 2  # several blocks of columns, chunks and groups of rows
+    runs, run = [], triton_backend.run
+    triton_backend.run = lambda *args: runs.append(run(*args)) or runs[-1]
+    found = []
+    for number, options in enumerate(TRITON_CASES):
+        options = dict(options)
+        dtype, cut = options.pop("dtype"), options.pop("cut")
+        if options["labels"] == "none":
+            options["ce_weight"] = 0.0
+        whole = make(**options, num_rows=5, backend="triton").cast(dtype).to(device)
+        (true_loss, true), (eager_loss, eager) = by_hand(whole, torch.float64), by_hand(whole, dtype)
+        own, tokens = part(whole, cut)
+        output, gradients = loss_of(own)
+        results = [("loss", output.loss, eager_loss, true_loss)]
+        for name, gradient in gradients.items():
+            places = slice(None) if name == "student_input" else tokens
+            results.append((name, gradient, eager[name][places], true[name][places]))
+        for name, ours, theirs, truth in results:
+            eps = torch.finfo(dtype).eps
+            roundings = 2 if dtype != torch.float32 else 32 if device == "cuda" else 8
+            limit = 1.5 * (theirs.double() - truth).norm() + eps * (roundings * truth.norm() + 1e-3)
+            found.append((((ours.double() - truth).norm() / limit).item(), f"case {number}, cut {cut}, {name}"))
+        expected, _ = loss_of(Case(whole.tensors, {**whole.options, "backend": "torch"}))
+        for name in KDLossOutput._fields[1:]:
+            tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-5
+            error = distance(getattr(output, name), getattr(expected, name)) / tolerance
+            found.append((error, f"case {number}, cut {cut}, {name}"))
+    assert len(runs) == len(TRITON_CASES)
+    return sorted(found, reverse=True)[:3]
+
+
+def test_parts_make_the_whole_in_triton(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    for worst in run_on_ranks(2, tmp_path / "ranks", triton_excesses):
         assert worst[0][0] < 1.0, worst
 
 

@@ -60,7 +60,7 @@ def prepare(config: RunConfig) -> Prepared:
     teachers = config.named_teachers()
     for teacher in teachers.values():
         if not teacher.is_base:
-            TEACHERS.get(teacher.backend)
+            TEACHERS.get(teacher.backend).check(teacher, sleeps=config.transport.schedule == "colocate")
     make_algorithm = ALGORITHMS.get(config.algorithm.name)
     uses_teacher = make_algorithm.uses_teacher
     if uses_teacher and not all(teacher.model or teacher.is_base for teacher in teachers.values()):

@@ -28,12 +28,14 @@ class TeacherRings:
         hidden: of the data rings, by rank.
         placement: where the slots of these lie.
         timeout_s: longest wait for a slot, seconds.
+        longest_sample: most tokens of a sample that will be asked for.
     """
 
     requests: str
     hidden: tuple[str, ...]
     placement: str
     timeout_s: float
+    longest_sample: int
 
 
 class Teacher(Protocol):
@@ -49,8 +51,17 @@ class Teacher(Protocol):
     dtype: torch.dtype
     device: torch.device
 
+    @staticmethod
+    def check(config: TeacherConfig, *, sleeps: bool = False) -> None:
+        """What can be known to be wrong before anything is loaded.
+
+        Raises:
+            ConfigError: something is missing, or an option cannot be had.
+        """
+        ...
+
     def __init__(self, config: TeacherConfig, *, gpu: int, sleeps: bool = False) -> None:
-        """Loads the model.
+        """Loads the model, after `check`.
 
         Args:
             gpu: the (first) one to take, counted round, where it runs on CUDA.
@@ -70,7 +81,11 @@ class Teacher(Protocol):
         ...
 
     def attach(self, rings: TeacherRings) -> None:
-        """Joins the rings; once, before `serve`."""
+        """Joins the rings; once, before `serve`.
+
+        Raises:
+            ConfigError: it cannot take a sample as long as will be asked for.
+        """
         ...
 
     def serve(self, *, limit: int | None, idle: Callable[[], None], trace: Trace = OFF) -> SleepOrder | bool:

@@ -21,7 +21,7 @@ from kdflow.errors import EngineDied, KdflowError
 from kdflow.modeling import hide_progress_bars
 from kdflow.teacher.base import TEACHERS, Teacher, TeacherRings
 from kdflow.teacher.preflight import Preflight
-from kdflow.tracing import Trace, open_trace
+from kdflow.tracing import Trace, open_trace, share_trace
 from kdflow.transport import HiddenRing, SleepOrder
 
 # Exit code of a worker whose engine died under it, so that starting it again may help.
@@ -43,6 +43,7 @@ class WorkerSpec:
         placement: where their slots lie.
         turns: handle of the turn ring, where teachers and students take turns.
         timeout_s: longest wait for a slot, seconds.
+        longest_sample: most tokens of a sample that will be asked for.
         ready_fd: descriptor, inherited, for the announcement.
     """
 
@@ -57,6 +58,7 @@ class WorkerSpec:
     placement: str
     turns: str | None
     timeout_s: float
+    longest_sample: int
     ready_fd: int
 
     def to_json(self) -> str:
@@ -75,6 +77,7 @@ class _Worker:
         self._spec = spec
         self._turns: HiddenRing | None = None
         torch.set_num_threads(spec.num_threads)
+        share_trace(spec.profile, Path(spec.folder), "teacher", spec.index)  # with the processes of its engine
         self._teacher: Teacher = TEACHERS.get(spec.teacher.backend)(
             spec.teacher, gpu=spec.gpu, sleeps=spec.turns is not None
         )
@@ -84,7 +87,9 @@ class _Worker:
         spec, teacher = self._spec, self._teacher
         try:
             preflight = Preflight(spec.teacher, teacher)
-            teacher.attach(TeacherRings(spec.requests, tuple(spec.hidden), spec.placement, spec.timeout_s))
+            teacher.attach(
+                TeacherRings(spec.requests, tuple(spec.hidden), spec.placement, spec.timeout_s, spec.longest_sample)
+            )
             ready = {"hidden_size": teacher.hidden_size, "dtype": str(teacher.dtype)}
             with os.fdopen(spec.ready_fd, "w") as announcement:
                 announcement.write(json.dumps(ready) + "\n")

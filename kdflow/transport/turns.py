@@ -19,6 +19,8 @@ _ORDER = struct.Struct("<4sQ")
 _MAGIC = b"KDSL"
 _TICK_S = 0.02
 _IDLE_S = 1.0
+# While one that wakes late still looks at its record, that of its next order is another.
+_SLOTS_A_WORKER = 2
 
 
 @dataclass(frozen=True)
@@ -104,5 +106,9 @@ class Turns:
 
 
 def create_turn_ring(num_workers: int) -> HiddenRing:
-    """Two slots a worker: while one that wakes late still looks at its record, that of its next order is another."""
-    return HiddenRing.create(name="turns", num_slots=2 * num_workers, slot_bytes=64)
+    return HiddenRing.create(name="turns", num_slots=_SLOTS_A_WORKER * num_workers, slot_bytes=64)
+
+
+def students_have_the_turn(ring: HiddenRing) -> bool:
+    """Whether every teacher sleeps, by the records that the first rank holds: also one that died asleep."""
+    return ring.stats().reading == ring.num_slots // _SLOTS_A_WORKER

@@ -26,8 +26,8 @@ class TeacherProcess:
 
     Once it was ready it is watched: killed by a signal, or ended because its engine died, it is started again, as often
     as `teacher.max_restarts` says; one that died asleep when the teachers' turn comes. Meanwhile its seats at the rings
-    are kept, so that students wait; what it was asked for and had not begun goes to the next worker, what it was writing
-    the student asks for again.
+    are kept, so that students wait; what it was asked for and had not begun goes to the next worker, what it was
+    writing the student asks for again.
 
     Args:
         spec: what it is told, without `ready_fd`.

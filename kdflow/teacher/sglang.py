@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -24,6 +23,7 @@ import torch
 from kdflow.config import TeacherConfig
 from kdflow.errors import ConfigError, EngineDied, PeerDied, TeacherFault
 from kdflow.modeling import load_model_config, resolve_device, resolve_dtype
+from kdflow.registry import nearest
 from kdflow.teacher import sglang_plugin
 from kdflow.teacher.base import TEACHERS, TeacherRings
 from kdflow.teacher.sglang_options import TRIED, check_options, engine_options, installed_version, prepare_environment
@@ -304,10 +304,8 @@ def _start_engine(options: dict[str, Any]) -> Any:
 
     known = inspect.signature(ServerArgs).parameters
     for name in options.keys() - known.keys():
-        near = difflib.get_close_matches(name, known, n=1)
         raise ConfigError(
-            f"teacher.engine_args: SGLang {installed_version()} has no option {name}"
-            + (f"; is it {near[0]}?" if near else "; sglang.srt.server_args lists them")
+            f"teacher.engine_args: SGLang {installed_version()} has no option {name}{nearest(name, known)}"
         )
     options = {**options, "custom_sigquit_handler": _on_sigquit}
     if not _has_plugins():

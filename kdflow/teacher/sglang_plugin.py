@@ -199,9 +199,7 @@ _capture = Capture()
 
 def around_forward(forward: Any, worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Hook around TpModelWorker.forward_batch_generation."""
-    is_prefill = batch is not None and batch.forward_mode.is_extend()
-    errands = [Errand.of(request) for request in batch.reqs] if is_prefill else []
-    if not any(errands):
+    if batch is None or not batch.forward_mode.is_extend() or not any(errands := [Errand.of(r) for r in batch.reqs]):
         return forward(worker, batch, *args, **kwargs)
     writes = _is_first_rank()
     trace = _capture.trace(errands, _device_of(batch)) if writes else OFF

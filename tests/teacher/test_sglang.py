@@ -43,7 +43,7 @@ def test_without_plugins_and_with_a_prefix_cache(models, monkeypatch: pytest.Mon
 
 def test_option_that_sglang_does_not_have(models) -> None:
     with (
-        pytest.raises(ConfigError, match="has no option mem_fraction; is it mem_fraction_static"),
+        pytest.raises(ConfigError, match='has no option mem_fraction; did you mean "mem_fraction_static"'),
         started("sglang", models("llama"), mem_fraction=0.5),
     ):
         pass

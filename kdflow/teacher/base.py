@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
@@ -88,11 +88,10 @@ class Teacher(Protocol):
         """
         ...
 
-    def serve(self, *, limit: int | None, idle: Callable[[], None], trace: Trace = OFF) -> SleepOrder | bool:
+    def serve(self, *, limit: int | None, trace: Trace = OFF) -> SleepOrder | bool:
         """Answers requests until every student has left, `limit` are answered or an order to sleep comes.
 
         Args:
-            idle: called about once a second while nothing comes.
             trace: gets the phases of each request, where they follow one another.
 
         Returns:
@@ -151,11 +150,9 @@ class LocalTeacher(ABC):
         }
         self._server = HiddenStatesServer(requests, hidden, timeout_s=rings.timeout_s)
 
-    def serve(self, *, limit: int | None, idle: Callable[[], None], trace: Trace = OFF) -> SleepOrder | bool:
+    def serve(self, *, limit: int | None, trace: Trace = OFF) -> SleepOrder | bool:
         assert self._server is not None, "attach first"
-        return self._server.serve(
-            self.hidden_size, self.dtype, self._timed_prefill, idle=idle, limit=limit, trace=trace
-        )
+        return self._server.serve(self.hidden_size, self.dtype, self._timed_prefill, limit=limit, trace=trace)
 
     def _timed_prefill(self, microbatch: Microbatch, out: torch.Tensor) -> float:
         start = time.perf_counter()

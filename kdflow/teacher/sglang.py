@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import signal
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import Any, TypeVar
@@ -156,13 +156,11 @@ class SGLangTeacher:
         self._rings = rings
         self._requests = RequestRing.attach(rings.requests, role="consumer")
 
-    def serve(self, *, limit: int | None, idle: Callable[[], None], trace: Trace = OFF) -> SleepOrder | bool:
+    def serve(self, *, limit: int | None, trace: Trace = OFF) -> SleepOrder | bool:
         assert self._requests is not None, "attach first"
-        return self._run(self._serve(self._requests, limit, idle, trace))
+        return self._run(self._serve(self._requests, limit, trace))
 
-    async def _serve(
-        self, requests: RequestRing, limit: int | None, idle: Callable[[], None], trace: Trace
-    ) -> SleepOrder | bool:
+    async def _serve(self, requests: RequestRing, limit: int | None, trace: Trace) -> SleepOrder | bool:
         window = -(-requests.num_slots // self._num_workers)
         answering: set[asyncio.Task[None]] = set()
         num_taken = 0
@@ -181,21 +179,19 @@ class SGLangTeacher:
                 continue
             if not answering and (order is not None or num_taken == limit):
                 return order or True
-            if not await self._wait(requests if may_take else None, answering):
-                idle()
+            await self._wait(requests if may_take else None, answering)
             for task in [task for task in answering if task.done()]:
                 answering.remove(task)
                 task.result()
                 trace.end_of_step()
 
-    async def _wait(self, requests: RequestRing | None, answering: set[asyncio.Task[None]]) -> bool:
-        """Until an answer is done or a request may be there; False after a second of neither."""
+    async def _wait(self, requests: RequestRing | None, answering: set[asyncio.Task[None]]) -> None:
+        """Until an answer is done or a request may be there, a second at most."""
         news = self._loop.create_future()
         if requests is not None:
             self._loop.add_reader(requests.ready_fd(), lambda: news.done() or news.set_result(None))
         try:
-            done, _ = await asyncio.wait({news, *answering}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
-            return bool(done)
+            await asyncio.wait({news, *answering}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if requests is not None:
                 self._loop.remove_reader(requests.ready_fd())

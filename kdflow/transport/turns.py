@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kdflow.transport.ring import HiddenRing, RequestRing
@@ -18,7 +18,6 @@ from kdflow.transport.slots import ReadSlot
 _ORDER = struct.Struct("<4sQ")
 _MAGIC = b"KDSL"
 _TICK_S = 0.02
-_IDLE_S = 1.0
 # While one that wakes late still looks at its record, that of its next order is another.
 _SLOTS_A_WORKER = 2
 
@@ -46,25 +45,14 @@ class SleepOrder:
             return None
         return SleepOrder(_ORDER.unpack(payload)[1], message)
 
-    def fulfil(self, turns: HiddenRing, *, timeout_s: float, idle: Callable[[], None]) -> bool:
-        """Says that this worker sleeps, and waits until it is woken.
-
-        Args:
-            idle: called about once a second.
-
-        Returns:
-            False when the students have left.
-        """
+    def fulfil(self, turns: HiddenRing, *, timeout_s: float) -> bool:
+        """Says that this worker sleeps, and waits until it is woken; False when the students have left."""
         with turns.reserve(self.ticket, timeout_s=timeout_s) as slot:
             slot.buffer(0)
         self.message.release()
-        looked = time.monotonic()
         while not turns.is_free(self.ticket + turns.num_slots):
             if not turns.peers()["consumer"]:
                 return False
-            if time.monotonic() - looked > _IDLE_S:
-                looked = time.monotonic()
-                idle()
             time.sleep(_TICK_S)
         return True
 

@@ -79,7 +79,7 @@ def served_rows(folder: Path, microbatches) -> list[torch.Tensor]:
     ):
         teacher = TEACHERS.get("hf")(config, gpu=0)
         teacher.attach(TeacherRings(requests.handle, (hidden.handle,), "host", 20.0, BUDGET))
-        thread = threading.Thread(target=lambda: teacher.serve(limit=len(microbatches), idle=lambda: None), daemon=True)
+        thread = threading.Thread(target=lambda: teacher.serve(limit=len(microbatches)), daemon=True)
         thread.start()
         found = []
         client = HiddenStatesClient({"": producer}, consumer, rank=0, timeout_s=20.0)

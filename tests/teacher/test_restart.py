@@ -46,7 +46,7 @@ def serve(requests: str, hidden: str, hang_at: int) -> None:
     server = HiddenStatesServer(
         RequestRing.attach(requests, role="consumer"), {0: HiddenRing.attach(hidden, role="producer")}, timeout_s=30.0
     )
-    server.serve(HIDDEN, torch.float32, prefill, idle=lambda: None)
+    server.serve(HIDDEN, torch.float32, prefill)
 
 
 @pytest.fixture

@@ -108,8 +108,8 @@ def test_sixty_four_in_flight(served: Served) -> None:
     begin = time.monotonic()
     thread.start()
     assert ready.wait(30)
-    assert teacher.serve(limit=40, idle=lambda: None)  # in two parts, as with teacher.check_every
-    assert not teacher.serve(limit=None, idle=lambda: None)
+    assert teacher.serve(limit=40)  # in two parts, as with teacher.check_every
+    assert not teacher.serve(limit=None)
     thread.join(60)
     # Records overlap in the engine; their times are parts of the whole.
     assert all(seconds >= 0 for seconds in prefill_s)
@@ -218,9 +218,9 @@ def test_memory_stays_flat(served: Served) -> None:
     thread = threading.Thread(target=student)
     thread.start()
     assert ready.wait(30)
-    assert teacher.serve(limit=WARM_UP, idle=lambda: None)
+    assert teacher.serve(limit=WARM_UP)
     before = own_bytes()
-    assert not teacher.serve(limit=None, idle=lambda: None)
+    assert not teacher.serve(limit=None)
     grown = own_bytes() - before
     thread.join(60)
     assert taken == [(microbatch.num_loss_tokens, teacher.hidden_size)] * (WARM_UP + COUNTED)

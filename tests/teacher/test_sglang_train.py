@@ -145,6 +145,20 @@ def test_killed_processes_change_no_number(run_config, on_hf, fault: Path, tmp_p
     assert_same(config, on_hf(**options))
 
 
+def test_a_killed_launcher_leaves_nobody(run_config) -> None:
+    """Neither the worker nor its engine, which are not through with starting yet and would be for a while."""
+    with subprocess.Popen(command(run_config(**ON_SGLANG)), stdout=subprocess.DEVNULL) as process:
+        started: list[psutil.Process] = []
+        while not any("multiprocessing" in " ".join(p.cmdline()) for p in started):
+            assert process.poll() is None
+            time.sleep(0.2)
+            started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert not psutil.wait_procs(started, timeout=60)[1]
+    (log,) = Path(run_config().output_dir, "logs").iterdir()
+    assert "loading shards" not in log.read_text()  # SGLang's words, some seconds later
+
+
 def test_no_restart_left(run_config) -> None:
     config = run_config(**ON_SGLANG, teacher__max_restarts=0, training__num_steps=500)
     with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

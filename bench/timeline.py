@@ -19,6 +19,7 @@ HOLDERS = {"microbatch", "step"}
 COLOURS = {
     "wait for slot": "#d9dee5",
     "prefill": "#3b7a9e",
+    "gather": "#5c93b3",
     "publish": "#7fb3cf",
     "rollout": "#8f6bb1",
     "filling": "#a8c8da",

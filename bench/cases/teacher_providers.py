@@ -129,6 +129,7 @@ def start_teacher(
         placement=choice.kind,
         turns=None,
         timeout_s=TIMEOUT_S,
+        longest_sample=tokens_per_microbatch,
         ready_fd=-1,
     )
     teacher = stack.enter_context(TeacherProcess(spec, folder / "teacher.log", lambda text: None))

@@ -114,6 +114,7 @@ def _start_teachers(
                     placement=rings.placement,
                     turns=rings.turns,
                     timeout_s=transport.timeout_s,
+                    longest_sample=config.data.max_length,
                     ready_fd=-1,
                 ),
                 folder / "logs" / f"{worker.label}.log",

@@ -58,11 +58,13 @@ def prepare(config: RunConfig) -> Prepared:
         ConfigError, DataError: the first thing that is wrong.
     """
     teachers = config.named_teachers()
-    for teacher in teachers.values():
-        if not teacher.is_base:
-            TEACHERS.get(teacher.backend)
     make_algorithm = ALGORITHMS.get(config.algorithm.name)
     uses_teacher = make_algorithm.uses_teacher
+    for teacher in teachers.values():
+        if not teacher.is_base:
+            backend = TEACHERS.get(teacher.backend)
+            if uses_teacher:
+                backend.check(teacher, sleeps=config.transport.schedule == "colocate")
     if uses_teacher and not all(teacher.model or teacher.is_base for teacher in teachers.values()):
         raise ConfigError(
             f"teacher.model: algorithm {config.algorithm.name} learns from a teacher, and none is given; name its "

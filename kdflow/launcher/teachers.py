@@ -25,8 +25,9 @@ class TeacherProcess:
     """One worker process; leaving the `with` block ends it.
 
     Once it was ready it is watched: killed by a signal, or ended because its engine died, it is started again, as often
-    as `teacher.max_restarts` says. Meanwhile its seats at the rings are kept, so that students wait; what it was asked
-    for and had not begun goes to the next worker, what it was writing the student asks for again.
+    as `teacher.max_restarts` says; one that died asleep when the teachers' turn comes. Meanwhile its seats at the rings
+    are kept, so that students wait; what it was asked for and had not begun goes to the next worker, what it was
+    writing the student asks for again.
 
     Args:
         spec: what it is told, without `ready_fd`.
@@ -41,7 +42,7 @@ class TeacherProcess:
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
         self._restarts_left = spec.teacher.max_restarts
-        self._seats = Seats(spec.requests, [*spec.hidden, *filter(None, [spec.turns])]) if self._restarts_left else None
+        self._seats = Seats(spec.requests, spec.hidden, spec.turns) if self._restarts_left else None
         self._start()
 
     def _start(self) -> None:
@@ -107,6 +108,8 @@ class TeacherProcess:
                 continue
             if not (code < 0 or code == ENGINE_DIED) or self._restarts_left == 0:
                 break
+            if self._seats.students_have_the_turn():  # and the memory that it would load into
+                continue
             self._restarts_left -= 1
             self._say(
                 f"teacher process {self.pid} ended ({_how(code)}) and is started again, "

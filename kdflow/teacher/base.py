@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,12 +28,14 @@ class TeacherRings:
         hidden: of the data rings, by rank.
         placement: where the slots of these lie.
         timeout_s: longest wait for a slot, seconds.
+        longest_sample: most tokens of a sample that will be asked for.
     """
 
     requests: str
     hidden: tuple[str, ...]
     placement: str
     timeout_s: float
+    longest_sample: int
 
 
 class Teacher(Protocol):
@@ -49,8 +51,17 @@ class Teacher(Protocol):
     dtype: torch.dtype
     device: torch.device
 
+    @staticmethod
+    def check(config: TeacherConfig, *, sleeps: bool = False) -> None:
+        """What can be known to be wrong before anything is loaded.
+
+        Raises:
+            ConfigError: something is missing, or an option cannot be had.
+        """
+        ...
+
     def __init__(self, config: TeacherConfig, *, gpu: int, sleeps: bool = False) -> None:
-        """Loads the model.
+        """Loads the model, after `check`.
 
         Args:
             gpu: the (first) one to take, counted round, where it runs on CUDA.
@@ -70,14 +81,17 @@ class Teacher(Protocol):
         ...
 
     def attach(self, rings: TeacherRings) -> None:
-        """Joins the rings; once, before `serve`."""
+        """Joins the rings; once, before `serve`.
+
+        Raises:
+            ConfigError: it cannot take a sample as long as will be asked for.
+        """
         ...
 
-    def serve(self, *, limit: int | None, idle: Callable[[], None], trace: Trace = OFF) -> SleepOrder | bool:
+    def serve(self, *, limit: int | None, trace: Trace = OFF) -> SleepOrder | bool:
         """Answers requests until every student has left, `limit` are answered or an order to sleep comes.
 
         Args:
-            idle: called about once a second while nothing comes.
             trace: gets the phases of each request, where they follow one another.
 
         Returns:
@@ -136,11 +150,9 @@ class LocalTeacher(ABC):
         }
         self._server = HiddenStatesServer(requests, hidden, timeout_s=rings.timeout_s)
 
-    def serve(self, *, limit: int | None, idle: Callable[[], None], trace: Trace = OFF) -> SleepOrder | bool:
+    def serve(self, *, limit: int | None, trace: Trace = OFF) -> SleepOrder | bool:
         assert self._server is not None, "attach first"
-        return self._server.serve(
-            self.hidden_size, self.dtype, self._timed_prefill, idle=idle, limit=limit, trace=trace
-        )
+        return self._server.serve(self.hidden_size, self.dtype, self._timed_prefill, limit=limit, trace=trace)
 
     def _timed_prefill(self, microbatch: Microbatch, out: torch.Tensor) -> float:
         start = time.perf_counter()

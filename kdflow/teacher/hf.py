@@ -20,10 +20,14 @@ from kdflow.types import Microbatch
 class HFTeacher(LocalTeacher):
     """Runs the decoder, not the head, over packed samples. The head is there for `token_logprobs` alone."""
 
-    def __init__(self, config: TeacherConfig, *, gpu: int, sleeps: bool = False) -> None:
-        super().__init__()
+    @staticmethod
+    def check(config: TeacherConfig, *, sleeps: bool = False) -> None:
         if config.tp_size > 1 or config.engine_args:
             raise ConfigError("teacher.tp_size and teacher.engine_args: backend hf has none; use backend sglang")
+
+    def __init__(self, config: TeacherConfig, *, gpu: int, sleeps: bool = False) -> None:
+        super().__init__()
+        self.check(config, sleeps=sleeps)
         self.device = resolve_device(config.device, gpu)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

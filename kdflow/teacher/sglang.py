@@ -9,13 +9,11 @@ import asyncio
 import contextlib
 import importlib.metadata
 import importlib.util
-import os
-import re
+import inspect
 import signal
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -25,8 +23,10 @@ import torch
 from kdflow.config import TeacherConfig
 from kdflow.errors import ConfigError, EngineDied, PeerDied, TeacherFault
 from kdflow.modeling import load_model_config, resolve_device, resolve_dtype
+from kdflow.registry import nearest
 from kdflow.teacher import sglang_plugin
 from kdflow.teacher.base import TEACHERS, TeacherRings
+from kdflow.teacher.sglang_options import TRIED, check_options, engine_options, installed_version, prepare_environment
 from kdflow.teacher.sglang_plugin import Errand
 from kdflow.tracing import OFF, Trace
 from kdflow.transport import HiddenRing, PrefillRequest, ReadSlot, RequestRing, SleepOrder
@@ -34,37 +34,21 @@ from kdflow.types import Microbatch
 
 T = TypeVar("T")
 
-TRIED = ("0.5.18", "0.5.21", "0.5.23")  # the first is the oldest that is accepted
 _TICK_S = 0.25
 _CLOSE_S = 10.0
 _IDLE_WAIT_S = 60.0
-
-# Options of the engine that teacher.engine_args may not set, and why.
-_OWN = {
-    "model_path": "it is teacher.model",
-    "device": "it is teacher.device",
-    "dtype": "it is teacher.dtype",
-    "tp_size": "it is teacher.tp_size",
-    "dp_size": "teacher.num_workers are the replicas",
-    "pp_size": "stages are not supported; use teacher.tp_size",
-    "nnodes": "a teacher lives on one node",
-    "enable_dp_attention": "hidden states are split over ranks there, which is not supported",
-    "base_gpu_id": "the launcher counts GPUs",
-    "enable_return_hidden_states": "it is always on",
-    "disable_radix_cache": "it is always on, for rows of a cached prefix are not computed",
-    "skip_tokenizer_init": "it is always on, for token ids go in",
-    "custom_sigquit_handler": "the worker has its own",
-    "enable_memory_saver": "transport.schedule: colocate turns it on",
-    "enable_weights_cpu_backup": "transport.schedule: colocate turns it on",
-    "speculative_algorithm": "a teacher does not decode",
-}
 
 
 @TEACHERS.register("sglang")
 class SGLangTeacher:
     """An engine of one or more GPUs; requests go in as they come, and it batches and chunks them as it likes."""
 
+    @staticmethod
+    def check(config: TeacherConfig, *, sleeps: bool = False) -> None:
+        check_options(config, sleeps=sleeps)
+
     def __init__(self, config: TeacherConfig, *, gpu: int, sleeps: bool = False) -> None:
+        self.check(config, sleeps=sleeps)
         self.device = resolve_device(config.device, gpu)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.hidden_size: int = load_model_config(config.model).get_text_config().hidden_size
@@ -72,8 +56,7 @@ class SGLangTeacher:
         self._requests: RequestRing | None = None
         self._rings: TeacherRings | None = None
         options = engine_options(config, self.device, self.dtype, sleeps=sleeps)
-        check_version()
-        _prepare_environment(self.device, config.tp_size)
+        prepare_environment(self.device, config.tp_size, sleeps=sleeps)
         on_term = signal.getsignal(signal.SIGTERM)
         self._engine: Any = _start_engine(options)
         self._loop: asyncio.AbstractEventLoop = self._engine.loop
@@ -127,19 +110,25 @@ class SGLangTeacher:
         self._loop.add_signal_handler(signal.SIGQUIT, self._mourn, "a process of the SGLang engine reported an error")
         if unanswered:
             raise TeacherFault(
-                f"SGLang {_installed_version()} (tried: {', '.join(TRIED)}) runs without kdflow's plugin, which did "
+                f"SGLang {installed_version()} (tried: {', '.join(TRIED)}) runs without kdflow's plugin, which did "
                 "not answer the first request. Its traceback is above if it failed to load; SGLANG_PLUGINS must not "
                 f"leave {sglang_plugin.KEY} out; after an update of kdflow, install it again"
             )
 
     async def _generate(self, samples: Sequence[np.ndarray], errands: Sequence[Errand]) -> list[Any]:
         """Prefills; why the engine ended those requests for which the plugin did not answer."""
-        replies = await self._engine.async_generate(
-            input_ids=[sample.tolist() for sample in samples],
-            # With no token to generate the engine neither samples nor begins to decode.
-            sampling_params=[{"max_new_tokens": 0, "custom_params": errand.to_params()} for errand in errands],
-            return_hidden_states=True,
-        )
+        try:
+            replies = await self._engine.async_generate(
+                input_ids=[sample.tolist() for sample in samples],
+                # With no token to generate the engine neither samples nor begins to decode.
+                sampling_params=[{"max_new_tokens": 0, "custom_params": errand.to_params()} for errand in errands],
+                return_hidden_states=True,
+            )
+        except ValueError as refusal:
+            raise TeacherFault(
+                f"SGLang refuses a request: {refusal} Longer ones need a larger context_length, and max_total_tokens, "
+                "in teacher.engine_args"
+            ) from None
         told = [reply["meta_info"] for reply in replies]
         return [meta.get("finish_reason") for meta in told if sglang_plugin.KEY not in meta]
 
@@ -147,24 +136,31 @@ class SGLangTeacher:
         """Has the loss rows of a microbatch written into the slot that `errand` names."""
         if unanswered := await self._generate(*split(microbatch, errand)):
             raise TeacherFault(
-                f"ticket {errand.ticket}: SGLang ended {len(unanswered)} requests without its plugin (finish reason "
-                f"{unanswered[0]}). If it refused them, raise max_total_tokens or context_length in "
-                "teacher.engine_args; else another plugin is in the way"
+                f"ticket {errand.ticket}: SGLang ended {len(unanswered)} requests without kdflow's plugin (finish "
+                f"reason {unanswered[0]}); is another plugin in the way?"
             )
 
     # --- the teacher's side of the rings ---
 
     def attach(self, rings: TeacherRings) -> None:
+        manager = self._engine.tokenizer_manager
+        # Requests are shorter than this, and without the last token of a sample, of which no row enters the loss.
+        longest = manager.max_req_input_len
+        if rings.longest_sample > longest:
+            context = manager.context_len + rings.longest_sample - longest
+            raise ConfigError(
+                f"data.max_length: with this teacher SGLang takes samples of {longest} tokens at most, got "
+                f"{rings.longest_sample}; lower it, or in teacher.engine_args set context_length to {context} and keep "
+                "the KV cache above that (max_total_tokens, mem_fraction_static)"
+            )
         self._rings = rings
         self._requests = RequestRing.attach(rings.requests, role="consumer")
 
-    def serve(self, *, limit: int | None, idle: Callable[[], None], trace: Trace = OFF) -> SleepOrder | bool:
+    def serve(self, *, limit: int | None, trace: Trace = OFF) -> SleepOrder | bool:
         assert self._requests is not None, "attach first"
-        return self._run(self._serve(self._requests, limit, idle, trace))
+        return self._run(self._serve(self._requests, limit, trace))
 
-    async def _serve(
-        self, requests: RequestRing, limit: int | None, idle: Callable[[], None], trace: Trace
-    ) -> SleepOrder | bool:
+    async def _serve(self, requests: RequestRing, limit: int | None, trace: Trace) -> SleepOrder | bool:
         window = -(-requests.num_slots // self._num_workers)
         answering: set[asyncio.Task[None]] = set()
         num_taken = 0
@@ -183,21 +179,19 @@ class SGLangTeacher:
                 continue
             if not answering and (order is not None or num_taken == limit):
                 return order or True
-            if not await self._wait(requests if may_take else None, answering):
-                idle()
+            await self._wait(requests if may_take else None, answering)
             for task in [task for task in answering if task.done()]:
                 answering.remove(task)
                 task.result()
                 trace.end_of_step()
 
-    async def _wait(self, requests: RequestRing | None, answering: set[asyncio.Task[None]]) -> bool:
-        """Until an answer is done or a request may be there; False after a second of neither."""
+    async def _wait(self, requests: RequestRing | None, answering: set[asyncio.Task[None]]) -> None:
+        """Until an answer is done or a request may be there, a second at most."""
         news = self._loop.create_future()
         if requests is not None:
             self._loop.add_reader(requests.ready_fd(), lambda: news.done() or news.set_result(None))
         try:
-            done, _ = await asyncio.wait({news, *answering}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
-            return bool(done)
+            await asyncio.wait({news, *answering}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if requests is not None:
                 self._loop.remove_reader(requests.ready_fd())
@@ -206,13 +200,14 @@ class SGLangTeacher:
         """The request stays in the ring until it is answered: should we die before, another worker finds it."""
         assert self._rings is not None
         request = PrefillRequest.decode(bytes(message.buffer()))
-        errand = self._errand(self._rings.hidden[request.rank], self._rings.placement, request.ticket)
+        ring = self._rings.hidden[request.rank]
+        errand = self._errand(ring, self._rings.placement, rank=request.rank, ticket=request.ticket)
         await self._prefill(request.microbatch, errand)
         message.release()
 
-    def _errand(self, ring: str, placement: str, ticket: int) -> Errand:
+    def _errand(self, ring: str, placement: str, *, rank: int, ticket: int) -> Errand:
         dtype = str(self.dtype).removeprefix("torch.")
-        return Errand(ring=ring, placement=placement, ticket=ticket, dtype=dtype, asked_ns=time.monotonic_ns())
+        return Errand(ring, placement, rank, ticket, dtype, asked_ns=time.monotonic_ns())
 
     # --- turns ---
 
@@ -246,7 +241,7 @@ class SGLangTeacher:
             HiddenRing.create(name="probe", num_slots=1, slot_bytes=slot_bytes) as ring,
             HiddenRing.attach(ring.handle, role="consumer") as consumer,
         ):
-            self._run(self._prefill(microbatch, self._errand(ring.handle, "host", 0)))
+            self._run(self._prefill(microbatch, self._errand(ring.handle, "host", rank=-1, ticket=0)))
             with consumer.receive(0) as slot:
                 return list(slot.tensor().clone().split([n - 1 for n in lengths]))
 
@@ -294,99 +289,21 @@ def split(microbatch: Microbatch, errand: Errand) -> tuple[list[np.ndarray], lis
     return samples, errands
 
 
-def engine_options(
-    config: TeacherConfig, device: torch.device, dtype: torch.dtype, *, sleeps: bool = False
-) -> dict[str, Any]:
-    """Keywords of sglang.Engine.
-
-    Raises:
-        ConfigError: teacher.engine_args sets what is kdflow's to set; what frees a GPU's memory is not installed.
-    """
-    for name in config.engine_args:
-        if name in _OWN:
-            raise ConfigError(f"teacher.engine_args: leave {name} out; {_OWN[name]}")
-    options: dict[str, Any] = {
-        "model_path": str(Path(config.model).expanduser()),
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "tp_size": config.tp_size,
-        "enable_return_hidden_states": True,
-        "disable_radix_cache": True,
-        "skip_tokenizer_init": True,
-        "custom_sigquit_handler": _on_sigquit,
-        # A teacher never decodes, which is what graphs are for.
-        "disable_cuda_graph": True,
-        # Else a scheduler without work takes a whole core.
-        "sleep_on_idle": True,
-        "log_level": "error",
-    }
-    if device.type == "cuda":
-        last = (device.index or 0) + config.tp_size
-        if last > torch.cuda.device_count():
-            raise ConfigError(
-                f"teacher.tp_size: {config.tp_size} GPUs from {device.index} on are needed, there are "
-                f"{torch.cuda.device_count()}"
-            )
-        options["base_gpu_id"] = device.index
-        if sleeps:
-            if importlib.util.find_spec("torch_memory_saver") is None:
-                raise ConfigError(
-                    "transport.schedule: colocate needs torch_memory_saver, with which SGLang gives its memory back; "
-                    "pip install torch_memory_saver"
-                )
-            # Without the backup an engine wakes with weights that are anything.
-            options |= {"enable_memory_saver": True, "enable_weights_cpu_backup": True}
-    else:
-        options |= {"mem_fraction_static": 0.5, "max_total_tokens": 16384}
-    return options | config.engine_args
-
-
-def check_version() -> None:
-    """
-    Raises:
-        ConfigError: SGLang is missing or too old.
-    """
-    found = _installed_version()
-    if found is None:
-        raise ConfigError(
-            f"teacher.backend: sglang is not installed; pip install 'sglang>={TRIED[0]}', or use backend hf"
-        )
-    if _numbers(found) < _numbers(TRIED[0]):
-        raise ConfigError(
-            f"teacher.backend: expected sglang {TRIED[0]} or later (tried: {', '.join(TRIED)}), got {found}; update it"
-        )
-
-
-def _installed_version() -> str | None:
-    try:
-        return importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-
-
-def _prepare_environment(device: torch.device, tp_size: int) -> None:
-    """What SGLang reads when it is imported, here and in its processes."""
-    os.environ[sglang_plugin.VARIABLE] = "1"
-    if device.type == "cpu":
-        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-        if tp_size > 1:
-            cores = sorted(os.sched_getaffinity(0))
-            shares = [cores[rank::tp_size] or cores for rank in range(tp_size)]
-            binding = "|".join(",".join(map(str, share)) for share in shares)
-            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", binding)
-
-
 def _start_engine(options: dict[str, Any]) -> Any:
     """
     Raises:
+        ConfigError: it has no such option.
         EngineDied: it did not come up; its own messages are in the log.
     """
     from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.server_args import ServerArgs
 
+    known = inspect.signature(ServerArgs).parameters
+    for name in options.keys() - known.keys():
+        raise ConfigError(
+            f"teacher.engine_args: SGLang {installed_version()} has no option {name}{nearest(name, known)}"
+        )
+    options = {**options, "custom_sigquit_handler": _on_sigquit}
     if not _has_plugins():
 
         class HookedEngine(Engine):

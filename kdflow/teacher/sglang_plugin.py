@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from kdflow.errors import RingTimeout, TransportError
+from kdflow.tracing import OFF, Trace, open_shared_trace
 from kdflow.transport import CudaRing, CudaWriteSlot, HiddenRing, WriteSlot, attach_hidden_ring
 
 VARIABLE = "KDFLOW_SGLANG_CAPTURE"
@@ -37,6 +38,7 @@ class Errand:
     Attributes:
         ring: handle of the data ring, or "" for one that only asks whether somebody is here.
         placement: where its slots lie.
+        rank: of the student whose ring it is, -1 for a probe, of which the timeline says nothing.
         ticket: of the record.
         dtype: of the record.
         num_rows: of the whole record, which several requests share.
@@ -47,6 +49,7 @@ class Errand:
 
     ring: str
     placement: str = "host"
+    rank: int = -1
     ticket: int = 0
     dtype: str = "float32"
     num_rows: int = 0
@@ -129,8 +132,19 @@ class Capture:
         self._rings: dict[str, HiddenRing | CudaRing] = {}
         self._open: dict[tuple[str, int], _Record] = {}
         self._last_ns = 0
+        self._trace: Trace | None = None
 
-    def take(self, requests: Sequence[tuple[int, int, Errand | None, bool]], hidden: torch.Tensor) -> None:
+    def trace(self, errands: Sequence[Errand | None], device: torch.device) -> Trace:
+        """For a forward with these errands; opened, on the forward's stream, at the first that a student asked for."""
+        if all(errand is None or errand.rank < 0 for errand in errands):
+            return OFF
+        if self._trace is None:
+            self._trace = open_shared_trace("engine", device)
+        return self._trace
+
+    def take(
+        self, requests: Sequence[tuple[int, int, Errand | None, bool]], hidden: torch.Tensor, trace: Trace
+    ) -> None:
         """Writes what a forward computed.
 
         Args:
@@ -147,14 +161,18 @@ class Capture:
             begin += num_tokens
             if errand is None or not errand.ring:
                 continue
-            key = (errand.ring, errand.ticket)
+            key, whose = (errand.ring, errand.ticket), {"rank": errand.rank, "ticket": errand.ticket}
             record = self._open.get(key)
             if record is None:
+                trace.phase("wait for slot", **whose)
                 record = self._open[key] = _Record(self._reserve(errand, hidden.device), errand, hidden.shape[1])
+            trace.phase("gather", **whose)
             record.spent_ns += ns_per_token * num_tokens
             record.write(errand, rows, prefix, is_last)
             if record.num_missing == 0:
+                trace.phase("publish", **whose)
                 self._open.pop(key).publish()
+        trace.phase()
 
     def _reserve(self, errand: Errand, device: torch.device) -> WriteSlot | CudaWriteSlot | None:
         """The slot, or None where somebody else has the ticket or has answered it: it was asked for twice."""
@@ -179,22 +197,32 @@ class Capture:
 _capture = Capture()
 
 
-def after_forward(result: Any, worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> None:
-    """Hook behind TpModelWorker.forward_batch_generation."""
+def around_forward(forward: Any, worker: Any, batch: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Hook around TpModelWorker.forward_batch_generation."""
+    if batch is None or not batch.forward_mode.is_extend() or not any(errands := [Errand.of(r) for r in batch.reqs]):
+        return forward(worker, batch, *args, **kwargs)
+    writes = _is_first_rank()
+    trace = _capture.trace(errands, _device_of(batch)) if writes else OFF
+    with trace.span("prefill", tokens=sum(batch.extend_lens), requests=len(errands)):
+        result = forward(worker, batch, *args, **kwargs)
     output = result.logits_output
-    if batch is None or output is None or not batch.forward_mode.is_extend():
-        return
-    errands = [Errand.of(request) for request in batch.reqs]
-    if not any(errands):
-        return
-    hidden, output.hidden_states = output.hidden_states, None
-    output.customized_info = {KEY: [None] * len(errands)}
-    if _is_first_rank():
-        ends = [
-            prefix + n >= len(request.origin_input_ids)
-            for request, prefix, n in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)
-        ]
-        _capture.take(list(zip(batch.prefix_lens, batch.extend_lens, errands, ends, strict=True)), hidden)
+    if output is not None:
+        hidden, output.hidden_states = output.hidden_states, None
+        output.customized_info = {KEY: [None] * len(errands)}
+        if writes:
+            ends = [
+                prefix + n >= len(request.origin_input_ids)
+                for request, prefix, n in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)
+            ]
+            _capture.take(list(zip(batch.prefix_lens, batch.extend_lens, errands, ends, strict=True)), hidden, trace)
+    trace.end_of_step()
+    return result
+
+
+def _device_of(batch: Any) -> torch.device:
+    """With its index, which a batch does not name."""
+    kind = torch.device(batch.device).type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def _is_first_rank() -> bool:
@@ -210,7 +238,7 @@ def register() -> None:
     if VARIABLE in os.environ:
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-        HookRegistry.register(TARGET, after_forward, HookType.AFTER)
+        HookRegistry.register(TARGET, around_forward, HookType.AROUND)
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> Any:
@@ -222,9 +250,7 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> Any:
 
     @functools.wraps(forward)
     def hooked(self: Any, *inner: Any, **named: Any) -> Any:
-        result = forward(self, *inner, **named)
-        after_forward(result, self, *inner, **named)
-        return result
+        return around_forward(forward, self, *inner, **named)
 
     TpModelWorker.forward_batch_generation = hooked
     return scheduler.run_scheduler_process(*args, **kwargs)

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 MAX_UNWRITTEN = 512
+# Tracks of a process: of the host's clock, and when its GPU came to it.
+HOST, GPU = "host", "GPU"
 
 
 class SpanFile:

@@ -15,6 +15,7 @@ from typing import Any
 
 from kdflow.config import ProfileConfig
 from kdflow.errors import DataError
+from kdflow.tracing.spans import GPU, HOST
 
 # Whose tracks come first: along the way of the hidden states.
 ROLES = ("rollout", "teacher", "ring", "student")
@@ -82,10 +83,12 @@ def ring_spans(spans: list[Span], num_slots: int, ranks_per_ring: int = 1) -> li
 
     The student's microbatches are numbered as its requests are, and a request's number is its slot.
     """
-    reserved = {_record(s): s.end_ns for s in spans if s.role == "teacher" and s.name == "wait for slot"}
-    published = {_record(s): s.end_ns for s in spans if s.role == "teacher" and s.name == "publish"}
+    # Where a teacher's host is ahead of its GPU, the GPU's times come last and count.
+    teachers = sorted((s for s in spans if s.role == "teacher"), key=lambda s: s.track == GPU)
+    reserved = {_record(s): s.end_ns for s in teachers if s.name == "wait for slot"}
+    published = {_record(s): s.end_ns for s in teachers if s.name == "publish"}
     found: list[Span] = []
-    host = [s for s in spans if s.role == "student" and s.track == "host" and s.index % ranks_per_ring == 0]
+    host = [s for s in spans if s.role == "student" and s.track == HOST and s.index % ranks_per_ring == 0]
     received = {_record(s, ranks_per_ring): s.end_ns for s in host if s.name == "receive wait"}
     released = {_record(s, ranks_per_ring): s.start_ns for s in host if s.name == "release"}
     for key, end in released.items():

@@ -260,7 +260,6 @@ class HiddenStatesServer:
         dtype: torch.dtype,
         prefill: Callable[[Microbatch, torch.Tensor], float],
         *,
-        idle: Callable[[], None],
         limit: int | None = None,
         trace: Trace = OFF,
     ) -> SleepOrder | bool:
@@ -269,7 +268,6 @@ class HiddenStatesServer:
         Args:
             prefill: writes the rows of a microbatch into `out` (N, hidden_size) and returns the
                 seconds it took. Its exception aborts the slot, of which the student is told.
-            idle: called about once a second while nothing comes.
             trace: gets the phases of each request.
 
         Returns:
@@ -280,7 +278,6 @@ class HiddenStatesServer:
             try:
                 message = self._requests.lease(timeout_s=1.0)
             except RingTimeout:
-                idle()
                 continue
             except PeerDied:
                 return False

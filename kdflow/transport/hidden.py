@@ -11,6 +11,7 @@ from kdflow.errors import ConfigError
 from kdflow.transport.cuda import RingChoice, choose_ring
 from kdflow.transport.cuda_ring import CudaRing
 from kdflow.transport.ring import HiddenRing, RequestRing, Role
+from kdflow.transport.turns import students_have_the_turn
 
 if TYPE_CHECKING:
     import torch
@@ -66,17 +67,24 @@ class Seats:
     Args:
         requests: handle of the request ring, where a receiver sits.
         hidden: handles of the data rings, of any kind, where producers sit; no GPU is touched.
+        turns: handle of the turn ring, where teachers and students take turns.
     """
 
-    def __init__(self, requests: str, hidden: Iterable[str]) -> None:
+    def __init__(self, requests: str, hidden: Iterable[str], turns: str | None = None) -> None:
         self._requests = RequestRing.attach(requests, role="consumer")
         self._hidden = [_ring.Ring.attach(handle, role="producer", guard=False) for handle in hidden]
+        self._turns = None if turns is None else HiddenRing.attach(turns, role="producer")
 
     def has_students(self) -> bool:
         """Whether anybody is there who asks."""
         return bool(self._requests.peers()["producer"])
 
+    def students_have_the_turn(self) -> bool:
+        return self._turns is not None and students_have_the_turn(self._turns)
+
     def leave(self) -> None:
         for ring in self._hidden:
             ring.close()
+        if self._turns is not None:
+            self._turns.close()
         self._requests.close()

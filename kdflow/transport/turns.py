@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kdflow.transport.ring import HiddenRing, RequestRing
@@ -18,7 +18,8 @@ from kdflow.transport.slots import ReadSlot
 _ORDER = struct.Struct("<4sQ")
 _MAGIC = b"KDSL"
 _TICK_S = 0.02
-_IDLE_S = 1.0
+# While one that wakes late still looks at its record, that of its next order is another.
+_SLOTS_A_WORKER = 2
 
 
 @dataclass(frozen=True)
@@ -44,25 +45,14 @@ class SleepOrder:
             return None
         return SleepOrder(_ORDER.unpack(payload)[1], message)
 
-    def fulfil(self, turns: HiddenRing, *, timeout_s: float, idle: Callable[[], None]) -> bool:
-        """Says that this worker sleeps, and waits until it is woken.
-
-        Args:
-            idle: called about once a second.
-
-        Returns:
-            False when the students have left.
-        """
+    def fulfil(self, turns: HiddenRing, *, timeout_s: float) -> bool:
+        """Says that this worker sleeps, and waits until it is woken; False when the students have left."""
         with turns.reserve(self.ticket, timeout_s=timeout_s) as slot:
             slot.buffer(0)
         self.message.release()
-        looked = time.monotonic()
         while not turns.is_free(self.ticket + turns.num_slots):
             if not turns.peers()["consumer"]:
                 return False
-            if time.monotonic() - looked > _IDLE_S:
-                looked = time.monotonic()
-                idle()
             time.sleep(_TICK_S)
         return True
 
@@ -104,5 +94,9 @@ class Turns:
 
 
 def create_turn_ring(num_workers: int) -> HiddenRing:
-    """Two slots a worker: while one that wakes late still looks at its record, that of its next order is another."""
-    return HiddenRing.create(name="turns", num_slots=2 * num_workers, slot_bytes=64)
+    return HiddenRing.create(name="turns", num_slots=_SLOTS_A_WORKER * num_workers, slot_bytes=64)
+
+
+def students_have_the_turn(ring: HiddenRing) -> bool:
+    """Whether every teacher sleeps, by the records that the first rank holds: also one that died asleep."""
+    return ring.stats().reading == ring.num_slots // _SLOTS_A_WORKER

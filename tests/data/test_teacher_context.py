@@ -78,8 +78,8 @@ def served_rows(folder: Path, microbatches) -> list[torch.Tensor]:
         RequestRing.attach(requests.handle, role="producer") as producer,
     ):
         teacher = TEACHERS.get("hf")(config, gpu=0)
-        teacher.attach(TeacherRings(requests.handle, (hidden.handle,), "host", 20.0))
-        thread = threading.Thread(target=lambda: teacher.serve(limit=len(microbatches), idle=lambda: None), daemon=True)
+        teacher.attach(TeacherRings(requests.handle, (hidden.handle,), "host", 20.0, BUDGET))
+        thread = threading.Thread(target=lambda: teacher.serve(limit=len(microbatches)), daemon=True)
         thread.start()
         found = []
         client = HiddenStatesClient({"": producer}, consumer, rank=0, timeout_s=20.0)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from kdflow.training.turns import windows
 from support.run import metrics_of, train
+from support.timeline import assert_turns
 
 EXACT = {"teacher__dtype": "float32", "student__compute_dtype": "float32"}
 JOB = {"training__num_steps": 6, "training__eval_every": 3, "training__tokens_per_microbatch": 128}
@@ -52,17 +52,3 @@ def test_turns_change_no_number(run_config, tmp_path: Path, processes: int) -> N
     assert_turns(Path(colocate.output_dir, "profile", "timeline.json"), processes)
     assert all(m["teacher_wait_s"] >= 0 for m in metrics_of(colocate, "train"))
     assert any(m["teacher_wait_s"] > 0 for m in metrics_of(colocate, "train"))
-
-
-def assert_turns(timeline: Path, num_workers: int) -> None:
-    """Each worker slept several times, and no student computed a loss while a teacher prefilled."""
-    events = [e for e in json.loads(timeline.read_text())["traceEvents"] if e["ph"] == "X"]
-
-    def spans(name: str) -> list[tuple[float, float]]:
-        return [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == name]
-
-    assert len(spans("asleep")) >= 3 * num_workers
-    prefills, trained = spans("prefill"), [span for name in ("forward", "loss", "backward") for span in spans(name)]
-    assert prefills
-    assert trained
-    assert not [(p, t) for p in prefills for t in trained if p[0] < t[1] and t[0] < p[1]]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from kdflow.config import RunConfig
 from kdflow.config_file import dump_config
 
@@ -27,3 +29,8 @@ def train(
 def metrics_of(config: RunConfig, kind: str) -> list[dict]:
     lines = Path(config.output_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [m for m in map(json.loads, lines) if m["kind"] == kind]
+
+
+def workers(launcher: int) -> list[psutil.Process]:
+    """kdflow's teacher processes below a launcher."""
+    return [p for p in psutil.Process(launcher).children() if "kdflow.teacher.worker" in p.cmdline()]

@@ -37,7 +37,9 @@ def started(backend: str, model: Path, *, tp_size: int = 1, **engine_args: Any) 
 
 
 @contextmanager
-def client_of(teacher: Teacher, *, num_slots: int, tokens: int) -> Iterator[HiddenStatesClient]:
+def client_of(
+    teacher: Teacher, *, num_slots: int, tokens: int, longest_sample: int = 400
+) -> Iterator[HiddenStatesClient]:
     """A student's end; leaving it lets the teacher's `serve` return."""
     with (
         RequestRing.create(name="requests", num_slots=num_slots, slot_bytes=request_bytes(tokens)) as requests,
@@ -45,7 +47,7 @@ def client_of(teacher: Teacher, *, num_slots: int, tokens: int) -> Iterator[Hidd
             name="hidden", num_slots=num_slots, slot_bytes=tokens * teacher.hidden_size * teacher.dtype.itemsize
         ) as hidden,
     ):
-        teacher.attach(TeacherRings(requests.handle, (hidden.handle,), "host", 60.0))
+        teacher.attach(TeacherRings(requests.handle, (hidden.handle,), "host", 60.0, longest_sample))
         with (
             HiddenRing.attach(hidden.handle, role="consumer") as consumer,
             RequestRing.attach(requests.handle, role="producer") as producer,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import threading
@@ -11,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -26,7 +24,7 @@ from kdflow.transport import (
 )
 from kdflow.types import Microbatch
 from support.processes import Spawned, say
-from support.run import command, metrics_of, train
+from support.run import command, metrics_of, train, workers
 
 HIDDEN = 4
 
@@ -48,7 +46,7 @@ def serve(requests: str, hidden: str, hang_at: int) -> None:
     server = HiddenStatesServer(
         RequestRing.attach(requests, role="consumer"), {0: HiddenRing.attach(hidden, role="producer")}, timeout_s=30.0
     )
-    server.serve(HIDDEN, torch.float32, prefill, idle=lambda: None)
+    server.serve(HIDDEN, torch.float32, prefill)
 
 
 @pytest.fixture
@@ -135,11 +133,32 @@ def test_killed_teachers_change_no_number(run_config, tmp_path: Path, schedule: 
         for line in process.stdout:
             said.append(line)
             if line.startswith(("step 3/", "step 20/")):
-                (teacher,) = (
-                    p for p in psutil.Process(process.pid).children() if "kdflow.teacher.worker" in p.cmdline()
-                )
-                os.kill(teacher.pid, signal.SIGKILL)
+                (teacher,) = workers(process.pid)
+                teacher.send_signal(signal.SIGKILL)
         assert process.wait(timeout=60) == 0, process.stderr.read()
     assert sum("(signal 9) and is started again" in line for line in said) == 2
     losses = [[m["loss"] for m in metrics_of(c, "train")] for c in (straight, config)]
     assert losses[0] == losses[1]  # to the bit
+
+
+def test_who_dies_asleep_comes_back_for_its_turn(run_config) -> None:
+    """Turns are of 8 steps here; until the eighth is done, a new teacher would load into the student's memory."""
+    config = run_config(
+        data__num_eval_samples=0,
+        training__num_steps=12,
+        training__samples_per_step=1,
+        transport__schedule="colocate",
+        transport__num_slots=8,
+    )
+    with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        said = []
+        for line in process.stdout:
+            if line.startswith("step ") or "is started again" in line:
+                said.append(line)
+            if line.startswith("step 2/"):
+                (teacher,) = workers(process.pid)
+                teacher.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=60) == 0, process.stderr.read()
+    assert ["is started again" in line for line in said] == [False] * 8 + [True] + [False] * 4

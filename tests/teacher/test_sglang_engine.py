@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from kdflow.config import TeacherConfig
-from kdflow.errors import TeacherFault
+from kdflow.errors import ConfigError, TeacherFault
 from kdflow.teacher import Teacher
 from kdflow.teacher.preflight import Preflight
 from kdflow.types import Microbatch, Sample
@@ -108,8 +108,8 @@ def test_sixty_four_in_flight(served: Served) -> None:
     begin = time.monotonic()
     thread.start()
     assert ready.wait(30)
-    assert teacher.serve(limit=40, idle=lambda: None)  # in two parts, as with teacher.check_every
-    assert not teacher.serve(limit=None, idle=lambda: None)
+    assert teacher.serve(limit=40)  # in two parts, as with teacher.check_every
+    assert not teacher.serve(limit=None)
     thread.join(60)
     # Records overlap in the engine; their times are parts of the whole.
     assert all(seconds >= 0 for seconds in prefill_s)
@@ -119,6 +119,21 @@ def test_sixty_four_in_flight(served: Served) -> None:
         ends = np.cumsum(microbatch.sequence_lengths)[:-1]
         hidden = torch.cat([reference(ids) for ids in np.split(microbatch.input_ids, ends)])
         torch.testing.assert_close(rows, hidden[torch.from_numpy(microbatch.loss_rows).long()], atol=1e-4, rtol=0)
+
+
+@on_llama
+def test_samples_that_are_too_long_are_told_at_the_start(served: Served) -> None:
+    """The longest that is allowed is taken; it is 6 tokens shorter than the model's own longest."""
+    message = r"takes samples of 1018 tokens at most, got 1019; .* set context_length to 1025"
+    with (
+        pytest.raises(ConfigError, match=message),
+        client_of(served.teacher, num_slots=1, tokens=1024, longest_sample=1019),
+    ):
+        pass
+    with client_of(served.teacher, num_slots=1, tokens=1024, longest_sample=1018):
+        assert_rows(served.teacher, served.reference, [random_ids(8, 1018)])
+    with pytest.raises(TeacherFault, match=r"SGLang refuses a request: .*1018 tokens.* need a larger"):
+        served.teacher.hidden_rows([random_ids(8, 1019)])
 
 
 def test_preflight_trusts_it(served: Served) -> None:
@@ -203,9 +218,9 @@ def test_memory_stays_flat(served: Served) -> None:
     thread = threading.Thread(target=student)
     thread.start()
     assert ready.wait(30)
-    assert teacher.serve(limit=WARM_UP, idle=lambda: None)
+    assert teacher.serve(limit=WARM_UP)
     before = own_bytes()
-    assert not teacher.serve(limit=None, idle=lambda: None)
+    assert not teacher.serve(limit=None)
     grown = own_bytes() - before
     thread.join(60)
     assert taken == [(microbatch.num_loss_tokens, teacher.hidden_size)] * (WARM_UP + COUNTED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,8 +13,9 @@ import psutil
 import pytest
 
 from kdflow.config_file import load_config
-from support.run import command, metrics_of, train
+from support.run import command, metrics_of, train, workers
 from support.sglang_engine import FAULTS, needs_sglang
+from support.timeline import assert_nested, assert_turns, end_of, tracks
 
 pytestmark = [needs_sglang, pytest.mark.timeout(900)]
 EXACT = {"teacher__dtype": "float32", "student__compute_dtype": "float32"}
@@ -62,6 +64,9 @@ def test_two_replicas_in_turns_with_the_student(run_config, on_hf, tmp_path: Pat
         teacher__check_every=3,
         transport__schedule="colocate",
         transport__num_slots=5,
+        profile__timeline=True,
+        profile__num_steps=1,
+        profile__first_step=2,
         **EXACT,
         **options,
     )
@@ -69,16 +74,35 @@ def test_two_replicas_in_turns_with_the_student(run_config, on_hf, tmp_path: Pat
     assert result.returncode == 0, result.stderr
     assert_same(config, on_hf(**options))
     assert metrics_of(config, "train")[0]["teacher_tokens_per_s"] > 0
+    assert_engines_in_the_timeline(Path(config.output_dir, "profile"), num_workers=2)
+
+
+def assert_engines_in_the_timeline(folder: Path, num_workers: int) -> None:
+    """What the schedulers did, but for probes, is there, on the clock of all; the workers do not say it again."""
+    assert_turns(folder / "timeline.json", num_workers)
+    found = tracks(folder / "timeline.json")
+    engines = [found[f"teacher {index}", "engine"] for index in range(num_workers)]
+    for index, events in enumerate(engines):
+        assert_nested(events)
+        assert {e["name"] for e in events} == {"wait for slot", "prefill", "gather", "publish"}
+        assert {e["args"]["rank"] for e in events if e["name"] != "prefill"} == {0}
+        assert {e["name"] for e in found[f"teacher {index}", "host"]} == {"sleep", "asleep", "wake up"}
+        operators = json.loads((folder / f"torch-teacher-{index}-engine.json").read_text())["traceEvents"]
+        assert {"prefill", "aten::mm"} <= {e.get("name") for e in operators}
+    published = {e["args"]["ticket"]: end_of(e) for events in engines for e in events if e["name"] == "publish"}
+    reserved = {e["args"]["ticket"]: end_of(e) for events in engines for e in events if e["name"] == "wait for slot"}
+    received = {e["args"]["ticket"]: end_of(e) for e in found["student 0", "host"] if e["name"] == "receive wait"}
+    assert published.keys() == reserved.keys() == received.keys()
+    # A record may be taken before the call that published it has returned.
+    assert all(reserved[ticket] <= moment for ticket, moment in received.items())
+    slots = [e for (process, _), events in found.items() if process == "ring 0" for e in events]
+    for name in ("filling", "being read"):
+        assert {e["args"]["ticket"] for e in slots if e["name"] == name} == received.keys()
 
 
 def schedulers(pid: int) -> list[psutil.Process]:
     """SGLang's schedulers below a process, which name themselves so."""
     return [p for p in psutil.Process(pid).children(recursive=True) if "sglang::scheduler" in " ".join(p.cmdline())]
-
-
-def workers(pid: int) -> list[psutil.Process]:
-    """kdflow's teacher processes below a launcher."""
-    return [p for p in psutil.Process(pid).children() if "kdflow.teacher.worker" in p.cmdline()]
 
 
 @pytest.fixture
@@ -119,6 +143,20 @@ def test_killed_processes_change_no_number(run_config, on_hf, fault: Path, tmp_p
     print("noticed after", [f"{b - a:.1f} s" for a, b in zip(killed, restarted, strict=True)])
     assert len(restarted) == 2
     assert_same(config, on_hf(**options))
+
+
+def test_a_killed_launcher_leaves_nobody(run_config) -> None:
+    """Neither the worker nor its engine, which are not through with starting yet and would be for a while."""
+    with subprocess.Popen(command(run_config(**ON_SGLANG)), stdout=subprocess.DEVNULL) as process:
+        started: list[psutil.Process] = []
+        while not any("multiprocessing" in " ".join(p.cmdline()) for p in started):
+            assert process.poll() is None
+            time.sleep(0.2)
+            started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert not psutil.wait_procs(started, timeout=60)[1]
+    (log,) = Path(run_config().output_dir, "logs").iterdir()
+    assert "loading shards" not in log.read_text()  # SGLang's words, some seconds later
 
 
 def test_no_restart_left(run_config) -> None:

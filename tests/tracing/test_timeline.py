@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 
+from kdflow.config import ProfileConfig
 from kdflow.errors import DataError
-from kdflow.tracing import OFF, Trace
+from kdflow.tracing import OFF, Trace, open_shared_trace, recorders, share_trace
 from kdflow.tracing.spans import HostSpans, SpanFile
 from kdflow.tracing.timeline import Span, read_spans, ring_spans
 from support.run import train
+from support.timeline import assert_nested, end_of, tracks
 
 PHASES = {
     "student": {
@@ -30,35 +31,6 @@ PHASES = {
     "teacher": {"wait for slot", "prefill", "publish"},
     "ring": {"filling", "being read"},
 }
-
-
-def tracks(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """The complete events of each (process, track), by their start."""
-    events = json.loads(path.read_text())["traceEvents"]
-    named = {(e["name"], e["pid"], e["tid"]): e["args"].get("name") for e in events if e["ph"] == "M"}
-    found = defaultdict(list)
-    for event in events:
-        if event["ph"] == "X":
-            pid, tid = event["pid"], event["tid"]
-            found[named["process_name", pid, 0], named["thread_name", pid, tid]].append(event)
-    return found
-
-
-def end_of(event: dict[str, Any]) -> float:
-    return event["ts"] + event["dur"]
-
-
-def assert_nested(events: list[dict[str, Any]]) -> None:
-    """Each begins no earlier than the one before, and lies wholly inside or after every other one."""
-    open_until: list[float] = []
-    for event in events:
-        assert event["ts"] >= 0
-        assert event["dur"] >= 0
-        while open_until and open_until[-1] <= event["ts"] + 1e-3:
-            open_until.pop()
-        assert not open_until or end_of(event) <= open_until[-1] + 1e-3, event
-        open_until.append(end_of(event))
-    assert [e["ts"] for e in events] == sorted(e["ts"] for e in events)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -175,3 +147,38 @@ def test_slots_follow_from_both_sides(ranks_per_ring: int) -> None:
         (1, "slot 1", "full", 55, 65),
         (1, "slot 1", "being read", 65, 90),
     ]
+
+
+def test_where_a_teachers_host_is_ahead_its_gpu_says_when() -> None:
+    """Whichever of its tracks is read first."""
+
+    def teacher(track: str, name: str, end: int) -> Span:
+        return Span("teacher", 0, track, name, 0, end, {"rank": 0, "ticket": 2})
+
+    queued = [teacher("engine", "wait for slot", 10), teacher("engine", "publish", 15)]
+    came = [teacher("GPU", "wait for slot", 40), teacher("GPU", "publish", 50)]
+    student = [
+        Span("student", 0, "host", name, start, end, {"ticket": 2})
+        for name, start, end in (("receive wait", 0, 60), ("release", 90, 91))
+    ]
+    expected = [("filling", 40, 50), ("full", 50, 60), ("being read", 60, 90)]
+    for order in (queued + came, came + queued):
+        assert [(s.name, s.start_ns, s.end_ns) for s in ring_spans(order + student, 4)] == expected
+
+
+def test_a_process_below_another_has_a_track_of_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(recorders.VARIABLE, "")  # so that what share_trace sets is taken back
+    monkeypatch.delenv(recorders.VARIABLE)
+    assert open_shared_trace("engine", torch.device("cpu")) is OFF
+    share_trace(ProfileConfig(timeline=True), tmp_path, "teacher", 3)
+    with open_shared_trace("engine", torch.device("cpu")) as trace:
+        trace.phase("prefill", tokens=5)
+    (path,) = (tmp_path / "profile" / "spans").iterdir()
+    (span,) = read_spans(path)
+    assert (span.role, span.index, span.track, span.name, span.args) == (
+        "teacher",
+        3,
+        "engine",
+        "prefill",
+        {"tokens": 5},
+    )

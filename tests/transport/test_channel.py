@@ -78,7 +78,7 @@ class Channel:
 
         def serve() -> None:
             try:
-                server.serve(HIDDEN, torch.float32, prefill, idle=lambda: None)
+                server.serve(HIDDEN, torch.float32, prefill)
             except BaseException as error:
                 self.error = error
 

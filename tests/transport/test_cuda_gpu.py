@@ -443,7 +443,7 @@ def serve(requests: str, hidden: str) -> None:
         torch.index_select(states, 0, torch.tensor(microbatch.loss_rows, device="cuda"), out=out)
         return 0.001
 
-    server.serve(8, torch.bfloat16, prefill, idle=lambda: None)
+    server.serve(8, torch.bfloat16, prefill)
     ring.close()
 
 

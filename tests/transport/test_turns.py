@@ -26,7 +26,7 @@ def work(requests: str, turns: str, hang: bool) -> None:
         say(f"order {order.ticket}")
         if hang:
             time.sleep(120)
-        if not order.fulfil(ring, timeout_s=30.0, idle=lambda: None):
+        if not order.fulfil(ring, timeout_s=30.0):
             return say("left asleep")
         say("woke")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import cli
-from bench.cases import e2e, loss, ring
+from bench.cases import e2e, loss, ring, ring_cuda
 from bench.gpu.parts import shape_names
 from bench.gpu.verdict import GOALS
 from bench.output import read_results
@@ -56,6 +56,7 @@ def test_cases_are_json_and_named_once() -> None:
         *loss.cases(device="cpu", quick=False),
         *loss.cases(device="cuda", quick=False),
         *ring.cases(quick=False),
+        *ring.cases(device="cuda", quick=False),
         *e2e.cases(device="cpu", quick=False),
     ]
     assert len({(case.suite, case.name) for case in cases}) == len(cases)
@@ -65,13 +66,24 @@ def test_cases_are_json_and_named_once() -> None:
         assert len({provider.name for provider in case.providers}) == len(case.providers)
 
 
+def test_rows_are_packed_alike_by_every_way() -> None:
+    case = next(case for case in ring.cases(device="cuda", quick=True) if case.providers == ring_cuda.PACKING)
+    params = {"num_rows": 6, "hidden_size": 40, "num_messages": 3, "num_slots": 2, "device": "cpu"}
+    interpreted = tuple(replace(provider, env=(("TRITON_INTERPRET", "1"),)) for provider in case.providers)
+    rows = run_case(replace(case, providers=interpreted, params=params), Settings(reps=1), say=lambda text: None)
+    assert [row.status for row in rows] == ["ok"] * len(rows), rows
+    checks = [row.check for row in rows if row.check]
+    assert len(checks) == 3
+    assert checks == [checks[0]] * 3
+
+
 def test_the_goals_have_their_cases_on_a_gpu() -> None:
     names = shape_names(rehearse=False)
-    found = [case.name for case in loss.cases(device="cuda", quick=False)]
+    suites = {suite.__name__.rpartition(".")[2]: suite.cases(device="cuda", quick=False) for suite in (loss, ring)}
     for goal in json.loads(GOALS.read_text()):
-        if goal["suite"] == "loss":
+        if (cases := suites.get(goal["suite"])) is not None:
             patterns = [goal[key].format_map(names) for key in ("case", "other_case") if key in goal]
-            assert all(fnmatch.filter(found, pattern) for pattern in patterns), goal
+            assert all(fnmatch.filter([case.name for case in cases], pattern) for pattern in patterns), goal
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Packing a batch's loss rows into a slot: the device ring lets ``torch.index_select`` write them there (``out=``).
 
-Beside it a copy of as many bytes, the same rows gathered into a tensor that is copied then, and a kernel of our own kind,
+Beside it a copy of as many bytes, the same rows gathered into a tensor that is copied then, and a kernel made for it,
 one row a program. Were the last faster by much, the ring would need such a kernel.
 """
 

@@ -21,4 +21,4 @@ def _gather_rows(source, rows, target, hidden_size, BLOCK: tl.constexpr):
 def gather_rows(source: torch.Tensor, rows: torch.Tensor, target: torch.Tensor) -> None:
     hidden_size = source.shape[1]
     grid = (len(rows), triton.cdiv(hidden_size, BLOCK))
-    _gather_rows[grid](source, rows, target, hidden_size, BLOCK=BLOCK, num_warps=8)  # pyright: ignore[reportIndexIssue]
+    _gather_rows[grid](source, rows, target, hidden_size, BLOCK=BLOCK, num_warps=8)  # pyright: ignore

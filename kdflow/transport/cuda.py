@@ -128,7 +128,9 @@ def describe_array(source: Any, ordinal: int) -> DeviceArray:
         if not source.is_contiguous():
             raise ValueError("tensor: expected a contiguous one; call .contiguous()")
         if source.is_conj() or source.is_neg():
-            raise ValueError("tensor: its conjugate or negative is still to be made; call .resolve_conj().resolve_neg()")
+            raise ValueError(
+                "tensor: its conjugate or negative is still to be made; call .resolve_conj().resolve_neg()"
+            )
         return DeviceArray(source.data_ptr(), dtype_code(source.dtype), source.shape)
     interface = getattr(source, "__cuda_array_interface__", None)
     if interface is None:

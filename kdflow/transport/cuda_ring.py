@@ -270,9 +270,7 @@ class CudaRing(_Ring):
         """
         array = describe_array(tensor, self.device)
         handle = stream_handle(stream, self.device)
-        self._attached().put(
-            ticket, timeout_s, handle, *array.dtype, array.shape, array.address, microbatch_id, tag
-        )
+        self._attached().put(ticket, timeout_s, handle, *array.dtype, array.shape, array.address, microbatch_id, tag)
 
     def receive(self, ticket: int | None = None, *, timeout_s: float = 30.0, stream: Any = None) -> CudaReadSlot:
         """As HiddenRing.receive. The slot is free when what is enqueued on `stream` until release is done."""

@@ -3,9 +3,9 @@
 Device ring: the floor is a copy on the device; the consumer only looks, as the slot is its own memory. Pinned ring:
 the floor is both PCIe copies, overlapped; the consumer's copy back to the device is part of the job. Beside them
 torch.multiprocessing's CUDA tensors and the original path: device, host, socket, numpy, device. Latency: from right
-before the copy is enqueued to the consumer having a record that its stream may use. Sending: into free slots, which
-share of the time until all copies are done the sending thread takes; one that is blocked by them takes all. What
-decides comes first.
+before the copy is enqueued to the consumer having a record that its stream may use (``p50_us``), and from its
+publication to the same (``visible_p50_us``). Sending: into free slots, which share of the time until all copies are
+done the sending thread takes; one that is blocked by them takes all. What decides comes first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from bench.model import Case, Provider
 
 MODULE = "bench.cases.ring_cuda_providers"
+GATHER = "bench.cases.ring_cuda_gather"
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 SIZES = (16 * MIB, 64 * MIB, 4 * MIB, MIB)
 QUICK_SIZES = (16 * MIB,)
@@ -32,12 +33,18 @@ PEERS = (
     Provider("torch.multiprocessing", f"{MODULE}:torch_multiprocessing"),
     Provider("original path", f"{MODULE}:original_path"),
 )
+PACKING = (
+    Provider("copy of as many bytes", f"{GATHER}:copy", "floor"),
+    Provider("index_select into the slot", f"{GATHER}:index_select", "ours"),
+    Provider("gathered, then copied", f"{GATHER}:gather_then_copy"),
+    Provider("Triton kernel", f"{GATHER}:kernel"),
+)
 # Of a repetition: enough for the time to begin and end not to count.
 AMOUNTS = {"device": 16 * GIB, "pinned": 4 * GIB}
 
 
 def cases(*, device: str, quick: bool, sizes: Sequence[int] = ()) -> list[Case]:
-    """Throughput at 16 MiB and latency of both rings, sending, then the other sizes, then CPU time at rest."""
+    """Throughput at 16 MiB and latency of both rings, sending, packing, the other sizes, then CPU time at rest."""
     first, *others = sizes or (QUICK_SIZES if quick else SIZES)
     found = [
         _throughput("device", first, device),
@@ -45,6 +52,7 @@ def cases(*, device: str, quick: bool, sizes: Sequence[int] = ()) -> list[Case]:
         _throughput("pinned", first, device),
         _latency("pinned", device, quick=quick),
         _case("pinned ring, sending 8 x 64 MiB", "sending", 64 * MIB, device, (OURS["pinned"],)),
+        _packing(device),
     ]
     found += [_throughput(placement, size, device) for size in others for placement in OURS]
     if not quick:
@@ -62,6 +70,25 @@ def _throughput(placement: str, message_bytes: int, device: str) -> Case:
 def _latency(placement: str, device: str, *, quick: bool) -> Case:
     providers = (OURS[placement], *PEERS)
     return _case(f"{placement} ring, latency 64 KiB", "latency", 64 * KIB, device, providers, 200 if quick else 1000)
+
+
+def _packing(device: str) -> Case:
+    num_rows, hidden_size, num_messages = 4096, 4096, 256
+    return Case(
+        suite="ring",
+        name=f"loss rows packed into a slot, {num_rows} x {hidden_size} bf16",
+        params={
+            "num_rows": num_rows,
+            "hidden_size": hidden_size,
+            "num_messages": num_messages,
+            "num_slots": 8,
+            "device": device,
+        },
+        providers=PACKING,
+        work=float(num_messages * num_rows * hidden_size * 2),
+        unit="byte",
+        measures_memory=False,
+    )
 
 
 def _case(

@@ -19,10 +19,12 @@ from bench.cases.ring_cuda_transports import (
     CudaTransport,
     OriginalPath,
     PinnedRingTransport,
+    Stamps,
     TorchCudaQueue,
 )
 from bench.cases.ring_providers import PACE_S, TIMEOUT_S, answer, end, latencies
 from bench.model import Trial
+from bench.timing import quantile
 
 Params = Mapping[str, Any]
 START_S = 120.0  # until the producer has imported torch and opened the device
@@ -64,7 +66,7 @@ def transfer_trial(kind: type[CudaTransport], params: Params) -> Trial:
     received = 0
     answer(command, START_S)
 
-    def receive_all(each: Callable[[int], None] = lambda _stamp: None) -> None:
+    def receive_all(each: Callable[[Stamps], None] = lambda _stamps: None) -> None:
         nonlocal received
         for left in reversed(range(count)):
             each(transport.receive(received, TIMEOUT_S, keep=None if left else kept))
@@ -96,13 +98,24 @@ def transfer_trial(kind: type[CudaTransport], params: Params) -> Trial:
 
     def latency() -> dict[str, float]:
         seconds: list[float] = []
+        visible_us: list[float] = []
+
+        def note(stamps: Stamps) -> None:
+            now = time.monotonic_ns()
+            seconds.append((now - stamps.sent_ns) * 1e-9)
+            if stamps.published_ns is not None:
+                visible_us.append((now - stamps.published_ns) * 1e-3)
+
         start = time.perf_counter()
         command.send((count, PACE_S))
-        receive_all(lambda stamp: seconds.append((time.monotonic_ns() - stamp) * 1e-9))
+        receive_all(note)
         answer(command, TIMEOUT_S)
         wall_s = time.perf_counter() - start
         verify()
-        return latencies(seconds, wall_s)
+        found = latencies(seconds, wall_s)
+        if visible_us:
+            found |= {"visible_p50_us": quantile(visible_us, 0.5), "visible_p99_us": quantile(visible_us, 0.99)}
+        return found
 
     def idle() -> dict[str, float]:
         assert isinstance(transport, CudaRingTransport)

@@ -11,11 +11,18 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 Params = Mapping[str, Any]
+
+
+class Stamps(NamedTuple):
+    """Of a message, by time.monotonic_ns(): right before its copy was enqueued, and when it was published, if told."""
+
+    sent_ns: int
+    published_ns: int | None = None
 
 
 class CudaSender(ABC):
@@ -46,8 +53,8 @@ class CudaTransport(ABC):
     def sender(endpoint: Any, params: Params) -> CudaSender: ...
 
     @abstractmethod
-    def receive(self, number: int, timeout_s: float, *, keep: torch.Tensor | None = None) -> int:
-        """The stamp of the next message, once this process's stream may use it; its data goes into ``keep``."""
+    def receive(self, number: int, timeout_s: float, *, keep: torch.Tensor | None = None) -> Stamps:
+        """The stamps of the next message, once this process's stream may use it; its data goes into ``keep``."""
 
     def finish(self) -> None:
         """Wait until all is received and given back."""
@@ -80,11 +87,11 @@ class CudaRingTransport(CudaTransport):
     def sender(endpoint: Any, params: Params) -> CudaSender:
         return _RingSender(endpoint, params)
 
-    def receive(self, number: int, timeout_s: float, *, keep: torch.Tensor | None = None) -> int:
+    def receive(self, number: int, timeout_s: float, *, keep: torch.Tensor | None = None) -> Stamps:
         with self._consumer.receive(number, timeout_s=timeout_s, stream=self._stream) as slot:
             if keep is not None:
                 slot.copy_to(keep)
-            return slot.tag
+            return Stamps(slot.tag, slot.committed_ns)
 
     def wait_in_vain(self, number: int, timeout_s: float) -> bool:
         """Wait for a message that does not come; whether one came."""
@@ -114,7 +121,7 @@ class PinnedRingTransport(CudaRingTransport):
         size = self._params["message_bytes"] // 8
         self._targets = [torch.empty(size, dtype=torch.int64, device=self._params["device"]) for _ in range(2)]
 
-    def receive(self, number: int, timeout_s: float, *, keep: torch.Tensor | None = None) -> int:
+    def receive(self, number: int, timeout_s: float, *, keep: torch.Tensor | None = None) -> Stamps:
         target = self._targets[number % len(self._targets)] if keep is None else keep
         return super().receive(number, timeout_s, keep=target)
 
@@ -127,9 +134,7 @@ class _RingSender(CudaSender):
         self._stream = torch.cuda.Stream()
 
     def send(self, message: torch.Tensor, number: int, stamp: int) -> None:
-        with self._ring.reserve(number, timeout_s=60.0, stream=self._stream) as slot:
-            slot.copy_from(message)
-            slot.tag = stamp
+        self._ring.put(message, number, tag=stamp, timeout_s=60.0, stream=self._stream)
 
     def finish(self) -> None:
         self._ring.synchronize()
@@ -147,12 +152,12 @@ class TorchCudaQueue(CudaTransport):
     def sender(endpoint: Any, params: Params) -> CudaSender:
         return _TorchSender(endpoint)
 
-    def receive(self, number: int, timeout_s: float, *, keep: torch.Tensor | None = None) -> int:
+    def receive(self, number: int, timeout_s: float, *, keep: torch.Tensor | None = None) -> Stamps:
         stamp, tensor = self.endpoint.get(timeout=timeout_s)
         if keep is not None:
             keep.copy_(tensor)
             torch.cuda.synchronize()
-        return stamp
+        return Stamps(stamp)
 
 
 class _TorchSender(CudaSender):
@@ -193,7 +198,7 @@ class OriginalPath(CudaTransport):
     def sender(endpoint: Any, params: Params) -> CudaSender:
         return _SocketSender(endpoint)
 
-    def receive(self, number: int, timeout_s: float, *, keep: torch.Tensor | None = None) -> int:
+    def receive(self, number: int, timeout_s: float, *, keep: torch.Tensor | None = None) -> Stamps:
         import numpy as np
 
         channel = self._connection if self.note else self._socket
@@ -204,7 +209,7 @@ class OriginalPath(CudaTransport):
         tensor = torch.from_numpy(array[1:]).to(self._params["device"])
         if keep is not None:
             keep.copy_(tensor)
-        return int(array[0])
+        return Stamps(int(array[0]))
 
     def close(self) -> None:
         if self.note:

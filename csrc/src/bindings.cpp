@@ -116,7 +116,7 @@ PYBIND11_MODULE(_ring, module) {
           py::arg("checksum"), py::arg("huge_pages"), py::arg("numa_node"), py::arg("in_device_memory") = false)
       .def_static(
           "attach",
-          [](std::variant<std::string, int> source, const std::string& role, bool guard) {
+          [](std::variant<std::string, int> source, const std::string& role, bool guard, std::optional<int> spin_us) {
             const Role parsed = make_role(role);
             const Unlocked unlocked;
             UniqueFd fd;
@@ -126,9 +126,11 @@ PYBIND11_MODULE(_ring, module) {
               fd = UniqueFd(::fcntl(std::get<int>(source), F_DUPFD_CLOEXEC, 0));
               if (!fd) throw_errno("fd " + std::to_string(std::get<int>(source)));
             }
-            return PyRing(Ring::attach(std::move(fd), parsed, {.guard = guard}));
+            AttachOptions options{.guard = guard};
+            if (spin_us) options.max_spin = std::chrono::microseconds(*spin_us);
+            return PyRing(Ring::attach(std::move(fd), parsed, options));
           },
-          py::arg("source"), py::kw_only(), py::arg("role"), py::arg("guard"))
+          py::arg("source"), py::kw_only(), py::arg("role"), py::arg("guard"), py::arg("max_spin_us") = std::nullopt)
       .def_property_readonly("name", [](const PyRing& self) { return self.name; })
       .def_property_readonly("num_slots", [](const PyRing& self) { return self.header().num_slots; })
       .def_property_readonly("slot_bytes", [](const PyRing& self) { return self.header().slot_bytes; })

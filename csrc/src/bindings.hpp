@@ -135,6 +135,7 @@ void bind_lease(py::class_<Held>& type, const LeaseOf& lease_of) {
             return py::tuple(py::cast(std::vector<std::int64_t>(record.shape, record.shape + record.ndim)));
           })
       .def_property_readonly("writer_pid", [=](const Held& self) { return lease_of(self).record.writer_pid; })
+      .def_property_readonly("committed_ns", [=](const Held& self) { return lease_of(self).record.committed_ns; })
       .def_property(
           "microbatch_id", [=](const Held& self) { return lease_of(self).record.microbatch_id; },
           [=](Held& self, std::int64_t value) { lease_of(self).record.microbatch_id = value; })

@@ -8,7 +8,7 @@ namespace {
 
 StreamHandle to_stream(std::uint64_t handle) { return reinterpret_cast<StreamHandle>(handle); }
 
-py::capsule view_of(const StreamLease& self, int ordinal) {
+py::capsule view_of(StreamLease& self, int ordinal) {
   const bool on_device = self.lease.member()->slots.header().placement == Placement::device;
   return to_dlpack(self.lease.record, reinterpret_cast<void*>(self.address()),
                    on_device ? dlpack::Device{dlpack::kCuda, ordinal} : dlpack::Device{dlpack::kCpu, 0}, self.memory());
@@ -29,6 +29,17 @@ void bind_stream_lease(py::module_& module) {
       .def("release", &StreamLease::release, py::call_guard<Unlocked>());
 }
 
+void put(Stage& self, Ticket ticket, double timeout_s, std::uint64_t stream, std::uint8_t code, std::uint8_t bits,
+         const std::vector<std::int64_t>& shape, DevicePtr address, std::int64_t microbatch_id, std::int64_t tag) {
+  Record record{};
+  self.member().shape(record, "put", ticket, code, bits, shape);
+  record.microbatch_id = microbatch_id;
+  record.tag = tag;
+  const Wait wait = make_wait(timeout_s);
+  const Unlocked unlocked;
+  self.put(ticket, record, address, wait, to_stream(stream));
+}
+
 void bind_stage(py::module_& module) {
   py::class_<Stage, std::shared_ptr<Stage>>(module, "Stage")
       .def(py::init([](const PyRing& ring, int ordinal) {
@@ -44,6 +55,8 @@ void bind_stage(py::module_& module) {
             return self.reserve(ticket, wait, to_stream(stream));
           },
           py::arg("ticket"), py::arg("timeout_s"), py::arg("stream"))
+      .def("put", &put, py::arg("ticket"), py::arg("timeout_s"), py::arg("stream"), py::arg("code"), py::arg("bits"),
+           py::arg("shape"), py::arg("address"), py::arg("microbatch_id"), py::arg("tag"))
       .def(
           "receive",
           [](Stage& self, std::optional<std::uint64_t> ticket, double timeout_s, std::uint64_t stream) {

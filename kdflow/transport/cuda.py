@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from kdflow import _ring
+from kdflow.transport.slots import DTYPES, dtype_code
 
 RingKind = Literal["device", "pinned", "host"]
 
@@ -96,18 +97,16 @@ def stream_handle(stream: Any, ordinal: int) -> int:
     )
 
 
-@dataclass(frozen=True)
-class DeviceArray:
-    """Contiguous memory of somebody's array."""
+class DeviceArray(NamedTuple):
+    """Contiguous memory of somebody's array; `dtype` is DLPack's code and bits."""
 
     address: int
-    dtype: str
-    itemsize: int
+    dtype: tuple[int, int]
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        return self.itemsize * math.prod(self.shape)
+        return self.dtype[1] // 8 * math.prod(self.shape)
 
 
 _KINDS = {"b": "bool", "u": "uint", "i": "int", "f": "float", "c": "complex"}
@@ -117,7 +116,7 @@ def describe_array(source: Any, ordinal: int) -> DeviceArray:
     """Reads a torch tensor, or whatever has __cuda_array_interface__.
 
     Raises:
-        ValueError: it is on another device as torch knows it, or not contiguous.
+        ValueError: it is on another device as torch knows it, not contiguous, or a lazy conjugate.
         TypeError: it is neither.
     """
     torch = sys.modules.get("torch")
@@ -128,7 +127,11 @@ def describe_array(source: Any, ordinal: int) -> DeviceArray:
             )
         if not source.is_contiguous():
             raise ValueError("tensor: expected a contiguous one; call .contiguous()")
-        return DeviceArray(source.data_ptr(), str(source.dtype)[6:], source.element_size(), tuple(source.shape))
+        if source.is_conj() or source.is_neg():
+            raise ValueError(
+                "tensor: its conjugate or negative is still to be made; call .resolve_conj().resolve_neg()"
+            )
+        return DeviceArray(source.data_ptr(), dtype_code(source.dtype), source.shape)
     interface = getattr(source, "__cuda_array_interface__", None)
     if interface is None:
         raise TypeError(
@@ -138,11 +141,12 @@ def describe_array(source: Any, ordinal: int) -> DeviceArray:
     if kind not in _KINDS or order == ">":
         raise ValueError(f"array: expected little-endian numbers, got typestr {interface['typestr']!r}")
     name = "bool" if kind == "b" else f"{_KINDS[kind]}{8 * size}"
-    array = DeviceArray(interface["data"][0], name, size, tuple(interface["shape"]))
+    array = DeviceArray(interface["data"][0], DTYPES[name], tuple(interface["shape"]))
     if (strides := interface.get("strides")) is not None and tuple(strides) != _row_major(array):
         raise ValueError("array: expected a contiguous one in C order")
     return array
 
 
 def _row_major(array: DeviceArray) -> tuple[int, ...]:
-    return tuple(array.itemsize * math.prod(array.shape[dim + 1 :]) for dim in range(len(array.shape)))
+    itemsize = array.dtype[1] // 8
+    return tuple(itemsize * math.prod(array.shape[dim + 1 :]) for dim in range(len(array.shape)))

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
+# Where a GPU is there are cores to spare: records that are a millisecond apart are met awake.
+_MAX_SPIN_US = 1000
 # Array-interface codes of the dtypes that have one; bfloat16 and float8 travel through DLPack only.
 _TYPESTR_KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}
 
@@ -146,7 +148,8 @@ class CudaWriteSlot(_CudaSlot, WriteSlot):
     def copy_from(self, source: Any) -> None:
         """Enqueue a copy of a whole tensor, or array with __cuda_array_interface__, into the slot."""
         array = describe_array(source, self._ordinal)
-        self._set_shape(array.shape, array.dtype)
+        self._require_held()
+        self._lease.set_shape(*array.dtype, array.shape)
         self._lease.copy_from(array.address, array.nbytes)
 
     def commit(self) -> None:
@@ -229,7 +232,7 @@ class CudaRing(_Ring):
         producer finds them when it first reserves.
         """
         ordinal = device_ordinal(device)
-        ring = cls(_ring.Ring.attach(source, role=role, guard=False))
+        ring = cls(_ring.Ring.attach(source, role=role, guard=False, max_spin_us=_MAX_SPIN_US))
         try:
             if ring._native.many_consumers:
                 raise ValueError(f"{ring.name}: carries requests, not tensors; attach it as RequestRing")
@@ -249,6 +252,25 @@ class CudaRing(_Ring):
         """As HiddenRing.reserve. What is enqueued on `stream` until commit belongs to the record."""
         stage = self._attached()
         return CudaWriteSlot(stage.reserve(ticket, timeout_s, stream_handle(stream, self.device)), self)
+
+    def put(
+        self,
+        tensor: Any,
+        ticket: int | None = None,
+        *,
+        microbatch_id: int = 0,
+        tag: int = 0,
+        timeout_s: float = 30.0,
+        stream: Any = None,
+    ) -> None:
+        """Producer: hand over a copy of a whole tensor, or array with __cuda_array_interface__, in one native call.
+
+        The copy is enqueued on `stream`, and the tensor must stay as it is until that has passed. Raises as reserve
+        does; ValueError, TypeError or TransportError, and the ticket stays as it was, when the tensor cannot be sent.
+        """
+        array = describe_array(tensor, self.device)
+        handle = stream_handle(stream, self.device)
+        self._attached().put(ticket, timeout_s, handle, *array.dtype, array.shape, array.address, microbatch_id, tag)
 
     def receive(self, ticket: int | None = None, *, timeout_s: float = 30.0, stream: Any = None) -> CudaReadSlot:
         """As HiddenRing.receive. The slot is free when what is enqueued on `stream` until release is done."""

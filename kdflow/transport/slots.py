@@ -233,6 +233,11 @@ class ReadSlot(Slot):
     def writer_pid(self) -> int:
         return self._lease.writer_pid
 
+    @property
+    def committed_ns(self) -> int:
+        """When the record was published, as time.monotonic_ns() tells it on this machine."""
+        return self._lease.committed_ns
+
     def release(self) -> None:
         self._revoke_views()
         self._lease.release()

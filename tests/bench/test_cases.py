@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import cli
-from bench.cases import e2e, loss, ring
+from bench.cases import e2e, loss, ring, ring_cuda
 from bench.cases.loss_case import CE_PROVIDERS, ce_case
 from bench.gpu.parts import shape_names
 from bench.gpu.verdict import GOALS
@@ -57,6 +57,7 @@ def test_cases_are_json_and_named_once() -> None:
         *loss.cases(device="cpu", quick=False),
         *loss.cases(device="cuda", quick=False),
         *ring.cases(quick=False),
+        *ring.cases(device="cuda", quick=False),
         *e2e.cases(device="cpu", quick=False),
     ]
     assert len({(case.suite, case.name) for case in cases}) == len(cases)
@@ -99,6 +100,17 @@ def test_the_sweep_has_lines_over_rows_vocabulary_and_hidden_size(device: str) -
         line = [case for case in cases if {**case.params, name: 0} == {**first, name: 0}]
         assert len({case.params[name] for case in line}) >= 3
         assert {case.providers[1].name for case in line} == {"kdflow"}
+
+
+def test_rows_are_packed_alike_by_every_way() -> None:
+    case = next(case for case in ring.cases(device="cuda", quick=True) if case.providers == ring_cuda.PACKING)
+    params = {"num_rows": 6, "hidden_size": 40, "num_messages": 3, "num_slots": 2, "device": "cpu"}
+    interpreted = tuple(replace(provider, env=(("TRITON_INTERPRET", "1"),)) for provider in case.providers)
+    rows = run_case(replace(case, providers=interpreted, params=params), Settings(reps=1), say=lambda text: None)
+    assert [row.status for row in rows] == ["ok"] * len(rows), rows
+    checks = [row.check for row in rows if row.check]
+    assert len(checks) == 3
+    assert checks == [checks[0]] * 3
 
 
 @pytest.mark.parametrize(

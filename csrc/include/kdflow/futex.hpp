@@ -32,15 +32,18 @@ class SpinBudget {
  public:
   static constexpr std::chrono::microseconds kMin{2}, kMax{250};
 
+  explicit SpinBudget(std::chrono::nanoseconds most = kMax) : most_(most) {}
+
   std::chrono::nanoseconds get() const { return std::chrono::nanoseconds(ns_.load(std::memory_order_relaxed)); }
 
   void learn(std::chrono::nanoseconds waited) {
     const std::chrono::nanoseconds now = get();
-    const std::chrono::nanoseconds next = waited <= kMax ? std::max(2 * waited, (now + 2 * waited) / 2) : now / 2;
-    ns_.store(std::clamp<std::chrono::nanoseconds>(next, kMin, kMax).count(), std::memory_order_relaxed);
+    const std::chrono::nanoseconds next = waited <= most_ ? std::max(2 * waited, (now + 2 * waited) / 2) : now / 2;
+    ns_.store(std::clamp<std::chrono::nanoseconds>(next, kMin, most_).count(), std::memory_order_relaxed);
   }
 
  private:
+  const std::chrono::nanoseconds most_;
   std::atomic<std::int64_t> ns_{std::chrono::nanoseconds(kMin).count()};
 };
 

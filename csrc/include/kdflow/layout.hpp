@@ -28,7 +28,7 @@ inline constexpr std::uint64_t kMaxSlots = 1u << 16;
 inline constexpr std::uint64_t kMaxSlotBytes = std::uint64_t{1} << 40;
 inline constexpr std::size_t kMaxDims = 8;
 inline constexpr std::uint64_t kMagic = 0x31474e495246444b;  // "KDFRING1"
-inline constexpr std::uint32_t kVersion = 1;
+inline constexpr std::uint32_t kVersion = 2;
 
 using AtomicWord = std::atomic<std::uint64_t>;
 static_assert(AtomicWord::is_always_lock_free, "a lock inside an atomic would not work across processes");
@@ -102,7 +102,8 @@ struct Record {
   std::uint16_t ndim;
   std::uint32_t reserved;
   std::int64_t shape[kMaxDims];
-  char reason[136];  // of an abort
+  std::int64_t committed_ns;  // CLOCK_MONOTONIC
+  char reason[128];           // of an abort
 };
 
 struct alignas(kCacheLine) SlotState {

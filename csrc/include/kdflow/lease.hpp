@@ -1,6 +1,7 @@
 // A held slot.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -53,6 +54,7 @@ class Lease {
     record.ticket = ticket_;
     record.generation = granted_.generation();
     record.writer_pid = member_->table.self_pid();
+    record.committed_ns = std::chrono::nanoseconds(Clock::now().time_since_epoch()).count();
     if (slots().header().checksum != 0) record.crc = crc32c(data(), record.nbytes);
     std::memcpy(&slots().record(slot()), &record, sizeof record);
     KDFLOW_FAULT("record_written");

@@ -21,6 +21,7 @@ namespace kdflow {
 struct AttachOptions {
   bool guard = false;                  // debugging: a slot's pages are inaccessible while it is not held
   std::chrono::milliseconds tick{50};  // how often a waiting peer looks after the others
+  std::chrono::nanoseconds max_spin = SpinBudget::kMax;
 };
 
 class Member {
@@ -33,7 +34,7 @@ class Member {
   const Slots slots;
   const AttachOptions options;
   PeerTable table;
-  SpinBudget spin_budget;
+  SpinBudget spin_budget{options.max_spin};
 
   void join(Role role) {
     bury_dead();
@@ -60,7 +61,7 @@ class Member {
   }
 
   bool joined() const { return joined_.load(std::memory_order_acquire); }
-  bool forked() const { return ::getpid() != table.self_pid(); }
+  bool forked() const { return current_pid() != table.self_pid(); }
 
   Peer require_joined() const {
     if (!joined()) {

@@ -4,11 +4,13 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -20,6 +22,18 @@
 #include "kdflow/segment.hpp"
 
 namespace kdflow {
+
+inline std::atomic<pid_t> known_pid{0};
+
+// getpid() without its system call, which every record would make several times.
+inline pid_t current_pid() {
+  static const bool follows_forks =
+      ::pthread_atfork(nullptr, nullptr, [] { known_pid.store(::getpid(), std::memory_order_relaxed); }) == 0;
+  if (!follows_forks) return ::getpid();
+  if (const pid_t pid = known_pid.load(std::memory_order_relaxed); pid != 0) return pid;
+  known_pid.store(::getpid(), std::memory_order_relaxed);
+  return known_pid.load(std::memory_order_relaxed);
+}
 
 struct ProcessStat {
   char state;

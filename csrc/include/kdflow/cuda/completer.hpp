@@ -12,10 +12,10 @@
 
 #include <algorithm>
 #include <condition_variable>
-#include <list>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <thread>
 #include <utility>
@@ -28,17 +28,19 @@ namespace kdflow::cuda {
 
 enum class Ending { commit, abort, release };
 
-struct Work {
-  Lease lease;
-  Ending ending;
-  std::string reason;  // of an abort
-  EventHandle event;
-  StreamHandle stream;
-};
-
 class Completer {
  public:
-  explicit Completer(std::shared_ptr<const Device> device) : device_(std::move(device)) {
+  Completer(std::shared_ptr<const Device> device, std::uint64_t num_slots)
+      : device_(std::move(device)), work_(std::make_unique<Work[]>(num_slots)), num_slots_(num_slots) {
+    const Device::Scope scope(*device_);
+    try {
+      for (Work& work : slots()) device_->driver().cuEventCreate(&work.event, kEventDisableTiming);
+    } catch (...) {
+      destroy_events();
+      throw;
+    }
+    incoming_.reserve(num_slots);
+    open_.reserve(num_slots);
     thread_ = std::make_unique<std::thread>([this] { run(); });
   }
 
@@ -54,13 +56,32 @@ class Completer {
     }
     arrived_.notify_one();
     thread_->join();
+    try {
+      const Device::Scope scope(*device_);
+      destroy_events();
+    } catch (const TransportError&) {  // the context is broken, and its events with it
+    }
   }
   Completer(const Completer&) = delete;
 
-  void submit(Work work) {
+  // Ends a lease when the stream has passed this point. The device's context is current. When it throws, the lease is
+  // still the caller's.
+  void submit(Lease&& lease, Ending ending, const std::string& reason, StreamHandle stream) {
+    Work& work = work_[lease.member()->slots.slot_of(lease.ticket())];
+    if (work.open.load(std::memory_order_acquire)) {
+      throw RingCorrupt(lease.member()->slots.name() + ": a slot was granted while work on it is still running",
+                        lease.ticket());
+    }
+    device_->driver().cuEventRecord(work.event, stream);
+    work.lease.emplace(std::move(lease));
+    work.ending = ending;
+    work.reason = reason;
+    work.stream = stream;
+    work.since = Clock::now();
+    work.open.store(true, std::memory_order_relaxed);
     {
       const std::scoped_lock lock(mutex_);
-      incoming_.push_back(std::move(work));
+      incoming_.push_back(&work);
       ++num_open_;
       has_incoming_.store(true, std::memory_order_release);
       if (!asleep_) return;
@@ -68,8 +89,17 @@ class Completer {
     arrived_.notify_one();
   }
 
-  // Whether the thread would have to be woken for the next work.
-  bool asleep() const { return asleep_.load(std::memory_order_relaxed); }
+  // How long the caller should ask the stream itself before it submits: as long as recent work took, if that is less
+  // than what waking the thread takes. Not at all while the thread is awake, nor in a stream of records, whose copies
+  // are to overlap with the calls for the next ones.
+  std::chrono::nanoseconds patience() {
+    const std::int64_t now = Clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+    const std::chrono::nanoseconds gap(now - asked_ns_.exchange(now, std::memory_order_relaxed));
+    if (gap < kSparse || !asleep_.load(std::memory_order_relaxed)) return {};
+    return std::min<std::chrono::nanoseconds>(work_time_.get(), kWakeUp);
+  }
+  // Work that the caller saw the end of took that long.
+  void learn(std::chrono::nanoseconds took) { work_time_.learn(took); }
 
   // False: something was still running after the timeout.
   bool drain(std::chrono::nanoseconds timeout) {
@@ -86,87 +116,121 @@ class Completer {
   }
 
  private:
+  // What a slot waits for. Its event is made beforehand, so that no commit fails for want of one; its memory is used
+  // again for every lease of the slot.
+  struct Work {
+    EventHandle event = nullptr;
+    std::atomic<bool> open{false};  // from submit until its lease was taken out to be ended
+    std::optional<Lease> lease{};
+    Ending ending{};
+    std::string reason{};  // of an abort
+    StreamHandle stream = nullptr;
+    Clock::time_point since{};
+  };
+
+  std::span<Work> slots() const { return {work_.get(), num_slots_}; }
+
+  void destroy_events() {
+    for (const Work& work : slots()) {
+      if (work.event != nullptr) device_->driver().cuEventDestroy.status(work.event);
+    }
+  }
+
   void run() {
     ::pthread_setname_np(::pthread_self(), "kdflow-cuda");
     ::prctl(PR_SET_TIMERSLACK, 1UL);  // naps of microseconds, not of 50 more
     const Result current = device_->driver().cuCtxSetCurrent.status(device_->context());
     if (current != kSuccess) fail("cuCtxSetCurrent: " + device_->driver().describe(current));
-    std::list<Work> open;
-    SpinBudget budget;
-    Clock::time_point since = Clock::now();  // the last time something ended or came
-    while (accept(open, budget)) {
-      const std::size_t num_ended = poll(open);
+    SpinBudget budget;        // of how long work takes
+    Clock::time_point since;  // when something last ended, or came while nothing was open
+    while (accept(since)) {
+      const bool ended = poll();
       const Clock::time_point now = Clock::now();
-      if (num_ended > 0) {
+      if (ended) {
         budget.learn(now - since);
         since = now;
-      } else if (now - since < budget.get()) {
-        for (int i = 0; i < 16; ++i) cpu_relax();
       } else {
-        // A nap is an eighth of the time waited so far: what ends soon is seen soon, long work costs little.
-        std::this_thread::sleep_for(std::clamp<std::chrono::nanoseconds>((now - since) / 8, kMinNap, kMaxNap));
+        rest(now - since, budget.get());
       }
     }
   }
 
   // Takes over what was submitted; sleeps while there is nothing to do. False: the end.
-  bool accept(std::list<Work>& open, SpinBudget& budget) {
+  bool accept(Clock::time_point& since) {
     const auto called = [this] { return has_incoming_.load(std::memory_order_acquire) || stopping_.load(); };
-    if (!open.empty() && !called()) return true;
-    for (const auto start = Clock::now(); !called() && Clock::now() - start < budget.get();) cpu_relax();
+    const bool idle = open_.empty();
+    if (!idle && !called()) return true;
+    const Clock::time_point start = Clock::now();
+    while (!called() && Clock::now() - start < gaps_.get()) cpu_relax();
     std::unique_lock lock(mutex_);
-    if (open.empty()) {
-      asleep_ = true;
+    if (idle) {
+      asleep_ = incoming_.empty();
       arrived_.wait(lock, [this] { return !incoming_.empty() || stopping_; });
       asleep_ = false;
+      since = Clock::now();
+      gaps_.learn(since - start);
     }
     if (stopping_) return false;
-    open.splice(open.end(), incoming_);
+    open_.insert(open_.end(), incoming_.begin(), incoming_.end());
+    incoming_.clear();
     has_incoming_.store(false, std::memory_order_relaxed);
     return true;
   }
 
   // Ends what the GPU is done with. Events of one stream come to pass in order, so it is asked for the first only.
-  std::size_t poll(std::list<Work>& open) {
-    std::size_t num_ended = 0;
+  bool poll() {
+    const std::size_t num_before = open_.size();
     busy_.clear();
-    for (auto work = open.begin(); work != open.end();) {
-      if (std::find(busy_.begin(), busy_.end(), work->stream) != busy_.end()) {
-        ++work;
-        continue;
-      }
+    std::erase_if(open_, [this](Work* work) {
+      if (std::find(busy_.begin(), busy_.end(), work->stream) != busy_.end()) return false;
       const Result result = device_->driver().cuEventQuery.status(work->event);
       if (result == kNotReady) {
         busy_.push_back(work->stream);
-        ++work;
-        continue;
+        return false;
       }
       end(*work, result);
-      work = open.erase(work);
-      ++num_ended;
+      return true;
+    });
+    const std::size_t num_ended = num_before - open_.size();
+    if (num_ended == 0) return false;
+    const std::scoped_lock lock(mutex_);
+    num_open_ -= num_ended;
+    if (num_open_ == 0) done_.notify_all();
+    return true;
+  }
+
+  // Between two polls. Each asks the driver, whose lock the callers' copies need too: so the first is when half of what
+  // work took recently is over, and from then on they come after an eighth of the time waited. What ends soon is seen
+  // soon, and long work costs little, for it is slept through.
+  static void rest(std::chrono::nanoseconds waited, std::chrono::nanoseconds budget) {
+    if (waited >= budget) {
+      std::this_thread::sleep_for(std::clamp<std::chrono::nanoseconds>(waited / 8, kMinNap, kMaxNap));
+      return;
     }
-    if (num_ended > 0) {
-      const std::scoped_lock lock(mutex_);
-      num_open_ -= num_ended;
-      if (num_open_ == 0) done_.notify_all();
-    }
-    return num_ended;
+    const auto pause = std::min<std::chrono::nanoseconds>(std::max(budget / 4 - waited, waited / 8), kMaxPause);
+    for (const auto start = Clock::now(); Clock::now() - start < pause;) cpu_relax();
   }
 
   void end(Work& work, Result result) {
+    const Ending ending = work.ending;
+    work_time_.learn(Clock::now() - work.since);
+    const std::string reason = std::move(work.reason);
+    Lease lease = std::move(*work.lease);
+    work.lease.reset();
+    work.open.store(false, std::memory_order_release);  // when the lease ends, the slot may be granted again
     try {
-      if (work.ending == Ending::release) {
-        work.lease.release();
-      } else if (work.ending == Ending::abort || result != kSuccess) {
-        work.lease.abort(result == kSuccess ? work.reason : "cuEventQuery: " + device_->driver().describe(result));
+      if (ending == Ending::release) {
+        lease.release();
+      } else if (ending == Ending::abort || result != kSuccess) {
+        lease.abort(result == kSuccess ? reason : "cuEventQuery: " + device_->driver().describe(result));
       } else {
-        work.lease.commit();
+        lease.commit();
       }
     } catch (const TransportError& error) {  // revoked, or the ring is corrupt
       fail(error.what());
     }
     if (result != kSuccess) {
-      fail("ticket " + std::to_string(work.lease.ticket()) +
+      fail("ticket " + std::to_string(lease.ticket()) +
            ": the work on its slot failed: cuEventQuery: " + device_->driver().describe(result));
     }
   }
@@ -177,13 +241,19 @@ class Completer {
     failed_.store(true, std::memory_order_release);
   }
 
-  static constexpr std::chrono::microseconds kMinNap{2}, kMaxNap{20};
+  static constexpr std::chrono::microseconds kMinNap{2}, kMaxNap{20}, kMaxPause{8}, kWakeUp{25}, kSparse{100};
 
   std::shared_ptr<const Device> device_;
+  std::unique_ptr<Work[]> work_;
+  const std::size_t num_slots_;
   std::mutex mutex_;
   std::condition_variable arrived_, done_;
-  std::list<Work> incoming_;
+  std::vector<Work*> incoming_;
+  std::vector<Work*> open_;         // the thread's, in the order of their coming
   std::vector<StreamHandle> busy_;  // the thread's
+  SpinBudget gaps_;                 // between works, with nothing open
+  SpinBudget work_time_;
+  std::atomic<std::int64_t> asked_ns_{0};
   std::size_t num_open_ = 0;
   std::atomic<bool> asleep_{false};
   std::atomic<bool> stopping_{false};

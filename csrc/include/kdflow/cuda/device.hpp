@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "kdflow/cuda/driver.hpp"
+#include "kdflow/process.hpp"
 
 namespace kdflow::cuda {
 
@@ -24,7 +25,7 @@ class Device {
     driver_.cuDevicePrimaryCtxRetain(&context_, id_);
   }
   ~Device() {
-    if (::getpid() == pid_) driver_.cuDevicePrimaryCtxRelease.status(id_);  // no driver works in a forked child
+    if (!forked()) driver_.cuDevicePrimaryCtxRelease.status(id_);  // no driver works in a forked child
   }
   Device(const Device&) = delete;
 
@@ -32,21 +33,28 @@ class Device {
   DeviceId id() const { return id_; }
   ContextHandle context() const { return context_; }
   const Driver& driver() const { return driver_; }
-  bool forked() const { return ::getpid() != pid_; }
+  bool forked() const { return current_pid() != pid_; }
   std::string name() const { return "cuda:" + std::to_string(ordinal_); }
 
-  // The device's context is current in this thread while the object lives.
+  // The device's context is current in this thread while the object lives; where torch computes it is anyhow.
   class Scope {
    public:
-    explicit Scope(const Device& device) : driver_(device.driver_) { driver_.cuCtxPushCurrent(device.context_); }
+    explicit Scope(const Device& device) : driver_(device.driver_) {
+      ContextHandle current = nullptr;
+      driver_.cuCtxGetCurrent(&current);
+      if (current == device.context_) return;
+      driver_.cuCtxPushCurrent(device.context_);
+      pushed_ = true;
+    }
     ~Scope() {
       ContextHandle popped = nullptr;
-      driver_.cuCtxPopCurrent.status(&popped);
+      if (pushed_) driver_.cuCtxPopCurrent.status(&popped);
     }
     Scope(const Scope&) = delete;
 
    private:
     const Driver& driver_;
+    bool pushed_ = false;
   };
 
   // Refuses a stream of another device: what is recorded there would say nothing about this one.
@@ -74,7 +82,7 @@ class Device {
   int ordinal_;
   DeviceId id_ = 0;
   ContextHandle context_ = nullptr;
-  pid_t pid_ = ::getpid();
+  pid_t pid_ = current_pid();
 };
 
 // Can a process on `from` map memory of `to`? The same device can.

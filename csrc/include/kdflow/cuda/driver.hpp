@@ -61,6 +61,7 @@ struct Driver {
   Call<ContextHandle*, DeviceId> cuDevicePrimaryCtxRetain{"cuDevicePrimaryCtxRetain"};
   Call<DeviceId> cuDevicePrimaryCtxRelease{"cuDevicePrimaryCtxRelease_v2"};
   Call<ContextHandle> cuCtxSetCurrent{"cuCtxSetCurrent"};
+  Call<ContextHandle*> cuCtxGetCurrent{"cuCtxGetCurrent"};
   Call<ContextHandle> cuCtxPushCurrent{"cuCtxPushCurrent_v2"};
   Call<ContextHandle*> cuCtxPopCurrent{"cuCtxPopCurrent_v2"};
   Call<> cuCtxSynchronize{"cuCtxSynchronize"};
@@ -107,9 +108,9 @@ struct Driver {
   void each_call(const Visit& visit) {
     visit(cuInit), visit(cuGetErrorName), visit(cuGetErrorString), visit(cuDeviceGetCount), visit(cuDeviceGet);
     visit(cuDeviceGetName), visit(cuDeviceCanAccessPeer), visit(cuDevicePrimaryCtxRetain);
-    visit(cuDevicePrimaryCtxRelease), visit(cuCtxSetCurrent), visit(cuCtxPushCurrent), visit(cuCtxPopCurrent);
-    visit(cuCtxSynchronize), visit(cuCtxEnablePeerAccess), visit(cuStreamGetCtx), visit(cuStreamQuery),
-        visit(cuEventCreate);
+    visit(cuDevicePrimaryCtxRelease), visit(cuCtxSetCurrent), visit(cuCtxGetCurrent), visit(cuCtxPushCurrent);
+    visit(cuCtxPopCurrent), visit(cuCtxSynchronize), visit(cuCtxEnablePeerAccess), visit(cuStreamGetCtx);
+    visit(cuStreamQuery), visit(cuEventCreate);
     visit(cuEventDestroy), visit(cuEventRecord), visit(cuEventQuery), visit(cuMemAlloc), visit(cuMemFree);
     visit(cuMemcpyAsync), visit(cuMemGetAddressRange), visit(cuPointerGetAttribute), visit(cuIpcGetMemHandle);
     visit(cuIpcOpenMemHandle), visit(cuIpcCloseMemHandle), visit(cuMemHostRegister), visit(cuMemHostUnregister);

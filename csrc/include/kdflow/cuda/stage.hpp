@@ -23,17 +23,23 @@ class Stage;
 
 // A held slot. Every way of giving it back waits for the stream first, the destructor's too.
 class StreamLease {
+  friend class Stage;
+
  public:
   StreamLease(std::shared_ptr<Stage> stage, Lease held, StreamHandle on, std::shared_ptr<Memory> memory);
   StreamLease(StreamLease&&) noexcept = default;
   ~StreamLease();
 
   bool held() const { return lease.held(); }
-  DevicePtr address() const { return address_; }
+  // Whoever has it may enqueue work on the slot.
+  DevicePtr address() {
+    use_ = std::max(use_, Use::seen);
+    return address_;
+  }
   const std::shared_ptr<Memory>& memory() const { return memory_; }
 
   void copy_from(DevicePtr source, std::uint64_t nbytes) { copy(address_, source, source, nbytes); }
-  void copy_to(DevicePtr target, std::uint64_t nbytes) const { copy(target, address_, target, nbytes); }
+  void copy_to(DevicePtr target, std::uint64_t nbytes) { copy(target, address_, target, nbytes); }
 
   void commit() {
     require_usable();
@@ -50,51 +56,19 @@ class StreamLease {
   StreamHandle stream;  // that of the last use
 
  private:
+  enum class Use { none, seen, enqueued };  // work on the slot: impossible, possible, certain
+
   void require_usable() const;
   bool stream_is_done() const;
-  void copy(DevicePtr target, DevicePtr source, DevicePtr of_user, std::uint64_t nbytes) const;
+  void copy(DevicePtr target, DevicePtr source, DevicePtr of_user, std::uint64_t nbytes);
+  void enqueue(DevicePtr target, DevicePtr source, std::uint64_t nbytes);
   void finish(Ending ending, const std::string& reason);
 
   std::shared_ptr<Stage> stage_;
   std::shared_ptr<Memory> memory_;
   DevicePtr address_;
-};
-
-// One event a slot, made beforehand: no commit can fail for want of one.
-class SlotEvents {
- public:
-  SlotEvents(std::shared_ptr<const Device> device, std::uint64_t count) : device_(std::move(device)) {
-    const Device::Scope scope(*device_);
-    try {
-      for (events_.reserve(count); events_.size() < count;) {
-        EventHandle event = nullptr;
-        device_->driver().cuEventCreate(&event, kEventDisableTiming);
-        events_.push_back(event);
-      }
-    } catch (...) {
-      destroy();
-      throw;
-    }
-  }
-  ~SlotEvents() {
-    if (device_->forked()) return;
-    try {
-      const Device::Scope scope(*device_);
-      destroy();
-    } catch (const TransportError&) {  // the context is broken, and its events with it
-    }
-  }
-  SlotEvents(const SlotEvents&) = delete;
-
-  EventHandle operator[](std::uint64_t slot) const { return events_[slot]; }
-
- private:
-  void destroy() {
-    for (const EventHandle event : events_) device_->driver().cuEventDestroy.status(event);
-  }
-
-  std::shared_ptr<const Device> device_;
-  std::vector<EventHandle> events_;
+  StreamHandle checked_;  // known to be of the ring's device
+  Use use_ = Use::none;
 };
 
 class Stage : public std::enable_shared_from_this<Stage> {
@@ -103,32 +77,46 @@ class Stage : public std::enable_shared_from_this<Stage> {
       : ring_(std::move(ring)),
         role_(ring_.member()->require_joined().identity.role()),
         device_(std::make_shared<const Device>(ordinal)),
-        events_(std::make_unique<SlotEvents>(device_, slots().count())) {
+        completer_(std::make_unique<Completer>(device_, slots().count())) {
     if (!in_device_memory()) {
       memory_ = std::make_shared<PinnedPayload>(device_, slots());
     } else if (role_ == Role::consumer) {
       own_slab();
     }
-    completer_ = std::make_unique<Completer>(device_);
   }
   ~Stage() {
     try {
       close(std::chrono::seconds(10), std::chrono::seconds(0));
     } catch (const TransportError&) {  // the GPU still works on the slots: what it uses stays, as does the thread
       static_cast<void>(completer_.release());
-      static_cast<void>(events_.release());
       static_cast<void>(new std::shared_ptr<Memory>(memory_));
     }
   }
 
   const Device& device() const { return *device_; }
+  const Member& member() const { return *ring_.member(); }
   bool in_device_memory() const { return slots().header().placement == Placement::device; }
   Completer& completer() { return *completer_; }
 
   StreamLease reserve(Ring::Ticket ticket, const Wait& wait, StreamHandle stream) {
     begin(stream);
+    ring_.member()->require(Role::producer);
     if (in_device_memory()) use_slab(wait);
     return hold(ring_.reserve(ticket, wait), stream);
+  }
+  // reserve, copy and commit in one. `record` has its shape, and whatever else the writer gives.
+  void put(Ring::Ticket ticket, const Record& record, DevicePtr source, const Wait& wait, StreamHandle stream) {
+    require_open();
+    if (record.nbytes > 0) device_->require_own(source);  // a mistake here must not cost the ticket
+    StreamLease slot = reserve(ticket, wait, stream);
+    slot.lease.record = record;
+    try {
+      slot.enqueue(slot.address_, source, record.nbytes);
+      slot.commit();
+    } catch (const TransportError& error) {
+      if (slot.held()) slot.abort(error.what());
+      throw;
+    }
   }
   StreamLease receive(Ring::Ticket ticket, const Wait& wait, StreamHandle stream) {
     begin(stream);
@@ -163,7 +151,6 @@ class Stage : public std::enable_shared_from_this<Stage> {
     // Work on slots that were neither committed nor released: nothing of it may run when they get another owner.
     if (num_held_.load() > 0) device->driver().cuCtxSynchronize.status();
     completer_.reset();
-    events_.reset();
     const bool owner = in_device_memory() && role_ == Role::consumer;
     if (owner) slab_descriptor(slots()).state.store(SlabDescriptor::withdrawn, std::memory_order_release);
     if (!owner) memory_.reset();
@@ -211,7 +198,8 @@ class Stage : public std::enable_shared_from_this<Stage> {
     memory_ = slab;
   }
 
-  // Producer: opens the slab once, then makes sure before every slot that its owner is alive.
+  // Producer: opens the slab once, then makes sure before every slot that its owner has not left, and now and then, for
+  // that is a system call, that it was not killed.
   void use_slab(const Wait& wait) {
     Member& member = *ring_.member();
     const std::scoped_lock lock(slab_mutex_);
@@ -249,7 +237,14 @@ class Stage : public std::enable_shared_from_this<Stage> {
   void require_owner() {
     PeerTable& table = ring_.member()->table;
     const bool withdrawn = slab_descriptor(slots()).state.load(std::memory_order_acquire) != SlabDescriptor::exported;
-    if (!withdrawn && owner_ && table.holds(*owner_) && table.alive(*owner_)) return;
+    const Clock::time_point now = Clock::now();
+    if (!withdrawn && owner_ && table.holds(*owner_)) {
+      if (now < next_look_) return;
+      if (table.alive(*owner_)) {
+        next_look_ = now + kLook;
+        return;
+      }
+    }
     throw PeerDied(slots().name() + ": reserve: the consumer that owns the device memory " +
                    (withdrawn ? "has closed the ring" : "died") + "; close this end too");
   }
@@ -262,13 +257,15 @@ class Stage : public std::enable_shared_from_this<Stage> {
     return true;
   }
 
+  static constexpr std::chrono::milliseconds kLook{1};
+
   Ring ring_;
   const Role role_;
   std::shared_ptr<const Device> device_;
   std::shared_ptr<Memory> memory_;
   std::mutex slab_mutex_;
   std::optional<Peer> owner_;  // of the slab
-  std::unique_ptr<SlotEvents> events_;
+  Clock::time_point next_look_{};
   std::atomic<std::size_t> num_held_{0};
   std::atomic<bool> closed_{false};
   std::unique_ptr<Completer> completer_;
@@ -276,7 +273,7 @@ class Stage : public std::enable_shared_from_this<Stage> {
 
 inline StreamLease::StreamLease(std::shared_ptr<Stage> stage, Lease held, StreamHandle on,
                                 std::shared_ptr<Memory> memory)
-    : lease(std::move(held)), stream(on), stage_(std::move(stage)), memory_(std::move(memory)) {
+    : lease(std::move(held)), stream(on), stage_(std::move(stage)), memory_(std::move(memory)), checked_(on) {
   const Slots& slots = lease.member()->slots;
   address_ = memory_->base() + slots.slot_of(lease.ticket()) * slots.header().payload_stride;
   ++stage_->num_held_;
@@ -301,54 +298,57 @@ inline void StreamLease::require_usable() const {
   lease.require_held();
 }
 
-inline void StreamLease::copy(DevicePtr target, DevicePtr source, DevicePtr of_user, std::uint64_t nbytes) const {
+inline void StreamLease::copy(DevicePtr target, DevicePtr source, DevicePtr of_user, std::uint64_t nbytes) {
   require_usable();
-  const Device& device = stage_->device();
-  const Slots& slots = lease.member()->slots;
-  if (nbytes > slots.header().slot_bytes) throw std::invalid_argument("copy: more bytes than the slot has");
+  if (nbytes > 0) stage_->device().require_own(of_user);
+  enqueue(target, source, nbytes);
+}
+
+inline void StreamLease::enqueue(DevicePtr target, DevicePtr source, std::uint64_t nbytes) {
+  if (nbytes > lease.member()->slots.header().slot_bytes) {
+    throw std::invalid_argument("copy: more bytes than the slot has");
+  }
   if (nbytes == 0) return;
+  const Device& device = stage_->device();
   const Device::Scope scope(device);
-  device.require_own(of_user);
   device.driver().cuMemcpyAsync(target, source, nbytes, stream);
+  use_ = Use::enqueued;
 }
 
 // Nothing to wait for, as when a reader enqueued nothing: the slot changes hands here, and the GPU is not asked to pass
 // an event. (Two processes share a GPU in turns; an event of the one would wait for its turn behind the other's work.)
-// While the thread sleeps, waking it takes as long as the copy of a small record: that long it is worth looking.
+// What was enqueued a moment ago is not done yet, so the stream is not asked, unless the thread sleeps: a small copy is
+// over before that would wake.
 inline bool StreamLease::stream_is_done() const {
-  constexpr std::chrono::microseconds kWakeUp{6};
-  const Driver& driver = stage_->device().driver();
-  Result result = driver.cuStreamQuery.status(stream);
-  if (result != kNotReady || !stage_->completer().asleep()) return result == kSuccess;
-  for (const auto start = Clock::now(); result == kNotReady && Clock::now() - start < kWakeUp;) {
-    result = driver.cuStreamQuery.status(stream);
-  }
+  if (use_ == Use::none) return true;
+  const auto& query = stage_->device().driver().cuStreamQuery;
+  Completer& completer = stage_->completer();
+  const std::chrono::nanoseconds patience = completer.patience();
+  const Clock::time_point start = Clock::now();
+  Result result = use_ == Use::seen ? query.status(stream) : kNotReady;
+  while (result == kNotReady && Clock::now() - start < patience) result = query.status(stream);
+  if (result == kSuccess) completer.learn(Clock::now() - start);
   return result == kSuccess;
 }
 
 inline void StreamLease::finish(Ending ending, const std::string& reason) {
   require_usable();
   const Device& device = stage_->device();
-  const std::uint64_t slot = lease.member()->slots.slot_of(lease.ticket());
   const Device::Scope scope(device);
-  device.require_own(stream);
-  if (stream_is_done()) {
-    --stage_->num_held_;
-    memory_.reset();
-    switch (ending) {
-      case Ending::commit:
-        return lease.commit();
-      case Ending::abort:
-        return lease.abort(reason);
-      case Ending::release:
-        return lease.release();
-    }
-  }
-  const EventHandle event = (*stage_->events_)[slot];  // its holder's alone
-  device.driver().cuEventRecord(event, stream);
+  if (stream != checked_) device.require_own(stream);
+  const bool done = stream_is_done();
+  if (!done) stage_->completer().submit(std::move(lease), ending, reason, stream);
   --stage_->num_held_;
   memory_.reset();  // a slot object that lies around keeps nothing alive
-  stage_->completer().submit(Work{std::move(lease), ending, reason, event, stream});
+  if (!done) return;
+  switch (ending) {
+    case Ending::commit:
+      return lease.commit();
+    case Ending::abort:
+      return lease.abort(reason);
+    case Ending::release:
+      return lease.release();
+  }
 }
 
 }  // namespace kdflow::cuda

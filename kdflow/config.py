@@ -301,6 +301,19 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class ObserveConfig:
+    """Where metrics go besides metrics.jsonl and TensorBoard.
+
+    Args:
+        wandb_project: Project of Weights & Biases; none leaves it out. Needs pip install 'kdflow[wandb]'.
+        wandb_name: Of the run there; none is the name of output_dir.
+    """
+
+    wandb_project: str | None = None
+    wandb_name: str | None = None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One distillation run.
 
@@ -316,6 +329,7 @@ class RunConfig:
         training: Steps and batches.
         transport: The ring between the processes.
         profile: Timeline and profiles of the run.
+        observe: Where else metrics go.
         seed: Of data order and dropout.
         resume: Go on from the newest checkpoint in output_dir.
         overwrite: Delete an earlier run in output_dir.
@@ -331,6 +345,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
@@ -377,6 +392,7 @@ class RunConfig:
         _check("student.replicate", replicas, ranks % replicas == 0, f"a divisor of the {ranks} ranks")
         size = self.student.context_parallel
         _check("student.context_parallel", size, ranks % size == 0, f"a divisor of the {ranks} ranks")
+        _check_compile(self.student)
         _check_data(self.data)
         _check_teachers(self)
         if self.training.keep_best and self.data.num_eval_samples == 0:
@@ -433,6 +449,15 @@ def _check_teachers(config: RunConfig) -> None:
         raise ConfigError(
             "transport.schedule: colocate needs every rank to ask teachers, and of those that share a microbatch "
             "(student.context_parallel) one asks; use overlap, or context_parallel 1"
+        )
+
+
+def _check_compile(student: StudentConfig) -> None:
+    sharded = student.num_ranks > 1 or student.cpu_offload
+    if student.compile and sharded and student.activation_checkpointing == "selective":
+        raise ConfigError(
+            "student.compile: not with activation_checkpointing selective on several ranks or with cpu_offload, where "
+            "a parameter is left without its gradient (docs/student.md); use full or none"
         )
 
 

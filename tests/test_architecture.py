@@ -35,6 +35,7 @@ ALLOWED = {
 ONLY_IN = {
     "sglang": {"kdflow/teacher/sglang", "kdflow/rollout/sglang"},
     "ray": {"kdflow/launcher/ray.py"},
+    "wandb": {"kdflow/observe/wandb_recorder.py"},
     "kdflow_kernels": {"kdflow/algorithms/", "kdflow/student/fsdp2.py", "kdflow/training/", "kdflow/plan/"},
 }
 

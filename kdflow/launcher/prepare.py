@@ -16,13 +16,14 @@ from kdflow.config_file import dump_config, load_config
 from kdflow.data import Dataset, load_datasets
 from kdflow.errors import ConfigError
 from kdflow.modeling import load_model_config, load_tokenizer, resolve_device, resolve_dtype
+from kdflow.observe import check_wandb
 from kdflow.teacher import TEACHERS
 from kdflow.tracing import FOLDER
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
 # What a run writes into its folder, and so what `overwrite` may delete.
-RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "logs", "model", "exports", FOLDER)
+RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "tensorboard", "wandb", "checkpoints", "logs", "model", "exports", FOLDER)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
         ConfigError, DataError: the first thing that is wrong.
     """
+    check_wandb(config.observe)
     teachers = config.named_teachers()
     make_algorithm = ALGORITHMS.get(config.algorithm.name)
     uses_teacher = make_algorithm.uses_teacher

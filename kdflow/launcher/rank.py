@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,7 @@ from rich.console import Console
 from kdflow.config import RunConfig, TeacherConfig, named
 from kdflow.launcher.prepare import Prepared, prepare
 from kdflow.modeling import hide_progress_bars, load_lm_head, resolve_device, resolve_dtype
-from kdflow.observe import Progress, Recorder
+from kdflow.observe import Progress, Recorder, WandbRecorder
 from kdflow.student import CheckpointStore, FSDP2Student, export_model, seed_random_state
 from kdflow.tracing import open_trace
 from kdflow.training import Colocate, NoTeacher, Observer, Overlap, Trainer, plan
@@ -231,4 +231,11 @@ def _observers(config: RunConfig, folder: Path, num_steps_done: int, stack: Exit
     )
     stack.callback(recorder.close)
     stack.callback(progress.close)
-    return [recorder, progress]
+    observers: list[Observer] = [recorder, progress]
+    observe = config.observe
+    if observe.wandb_project is not None:
+        name = observe.wandb_name or folder.resolve().name
+        board = WandbRecorder(folder, project=observe.wandb_project, name=name, options=asdict(config))
+        stack.callback(board.close)
+        observers.append(board)
+    return observers

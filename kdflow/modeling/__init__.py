@@ -13,6 +13,7 @@ from kdflow.modeling.loading import (
     load_lm_head,
     load_model_config,
     load_tokenizer,
+    map_causal_lm,
 )
 from kdflow.modeling.placement import resolve_device, resolve_dtype, to_device
 from kdflow.modeling.prune import prune_layers
@@ -33,6 +34,7 @@ __all__ = [
     "load_lm_head",
     "load_model_config",
     "load_tokenizer",
+    "map_causal_lm",
     "prune_layers",
     "resolve_device",
     "resolve_dtype",

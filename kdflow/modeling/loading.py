@@ -75,6 +75,37 @@ def load_causal_lm(model: str, dtype: torch.dtype, **options: Any) -> Any:
     return _load(AutoModelForCausalLM, model, dtype, **options)
 
 
+def map_causal_lm(model: str, like: Any) -> Any:
+    """The model with its weights in the dtype they are stored in, so that they stay in the mapped files until used.
+
+    Where that cannot be (not all weights are of one dtype and safetensors, or buffers would take the lower precision
+    along), it is in float32: in memory, unless it is stored so.
+
+    Args:
+        like: the same model in float32, without its weights.
+    """
+    dtype = _stored_dtype(model)
+    mapped = load_causal_lm(model, dtype)
+    buffers = {name: buffer.dtype for name, buffer in like.named_buffers()}
+    if dtype != torch.float32 and any(buffer.dtype != buffers[name] for name, buffer in mapped.named_buffers()):
+        return load_causal_lm(model, torch.float32)
+    return mapped
+
+
+def _stored_dtype(model: str) -> torch.dtype:
+    """Of all tensors of a model; float32 where they differ, or cannot be looked at without being read."""
+    try:
+        files = _tensor_files(_source(model))
+        names = {"BF16": torch.bfloat16, "F16": torch.float16}
+        found = set()
+        for path in set(files.values()):
+            with safe_open(path, framework="pt") as tensors:
+                found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    except (ConfigError, SafetensorError):
+        return torch.float32
+    return names.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
+
+
 def empty_causal_lm(model: str, dtype: torch.dtype) -> Any:
     """The model without its weights; to be called under `torch.device("meta")`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from kdflow.config import named
+from kdflow.config import RunConfig, named
 from kdflow.plan.memory import Memory
 from kdflow.plan.plan import Plan
 from kdflow.plan.shapes import ModelShape
@@ -46,7 +46,13 @@ def summary(plan: Plan) -> list[str]:
     largest = f"{plan.largest_budget:,} tokens" if plan.largest_budget else "nothing"
     shown = plan.outcome
     busy = ", ".join(f"{named('teacher', name)} {share:.0%}" for name, share in shown.busy.items())
+    left_out = _left_out(plan.config)
     return [
+        *(
+            [f"left out    {', '.join(left_out)}: the run has it, and these figures are those without"]
+            if left_out
+            else []
+        ),
         f"memory      {plan.needed_bytes / GIB:.2f} GiB, {together}, of {plan.capacity_bytes / GIB:.1f} usable: {fit}",
         f"microbatch  {largest} would fit; training.tokens_per_microbatch is {budget:,}",
         f"speed       {plan.tokens_per_s:,.0f} tokens/s, {plan.hours:,.2f} hours "
@@ -54,6 +60,21 @@ def summary(plan: Plan) -> list[str]:
         f"busy        students {shown.student_busy:.0%}, {busy}, ranks wait {shown.wait:.0%} of the time",
         f"bottleneck  {plan.bottleneck}",
     ]
+
+
+def _left_out(config: RunConfig) -> list[str]:
+    """Options of the run that would change figures, and that a plan does not know."""
+    student = config.student
+    chosen = {
+        "student.replicate": student.replicate > 1,
+        "student.activation_checkpointing=selective": student.activation_checkpointing == "selective",
+        "student.cpu_offload": student.cpu_offload,
+        "student.compile": student.compile,
+        "student.vocab_parallel": student.vocab_parallel,
+        "student.lora": student.lora.rank > 0,
+        "algorithm.grad_filter_eps": config.algorithm.grad_filter_eps > 0,
+    }
+    return [option for option, there in chosen.items() if there]
 
 
 def _model(shape: ModelShape) -> str:

@@ -23,6 +23,7 @@ from kdflow.modeling import (
     forward_decoder,
     head_options,
     load_causal_lm,
+    map_causal_lm,
     resolve_dtype,
 )
 from kdflow.student.context_parallel import ContextParallel, StudentInput
@@ -169,8 +170,8 @@ class FSDP2Student:
         compute_dtype = resolve_dtype(config.compute_dtype, device)
         check_quantization(config, device, self.num_ranks)
         whole = self.num_ranks == 1  # on every rank; otherwise rank 0 alone has it, and the others its shape
-        source: Any = _load(config, device, compute_dtype) if dist.get_rank() == 0 else None
-        model: Any = source if whole else _shell(config, compute_dtype)
+        model: Any = _load(config, device, compute_dtype) if whole else _shell(config, compute_dtype)
+        source: Any = None if whole or dist.get_rank() > 0 else _source(config, compute_dtype, model)
         layers = decoder_layers(model)
         wrap_layers(layers, config)
         mesh = None if whole and not config.cpu_offload else make_mesh(config, device)
@@ -296,3 +297,10 @@ def _shell(config: StudentConfig, compute_dtype: torch.dtype) -> Any:
         if config.lora.rank:
             add_lora(model, config, compute_dtype)
     return model
+
+
+def _source(config: StudentConfig, compute_dtype: torch.dtype, shell: Any) -> Any:
+    """What the shell is filled from. Adapters are drawn in float32, as on a single rank."""
+    if config.lora.rank:
+        return _load(config, torch.device("cpu"), compute_dtype)
+    return map_causal_lm(config.model, shell)

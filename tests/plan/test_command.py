@@ -20,7 +20,7 @@ from kdflow.errors import ConfigError
 from kdflow.plan import GPUS, Rates, load_rates
 from kdflow.plan.command import make_machine
 from kdflow.plan.plan import Plan, make_plan
-from kdflow.plan.printing import print_plan
+from kdflow.plan.printing import print_plan, summary
 from kdflow.plan.shapes import load_shape, load_teachers
 from kdflow.plan.workload import data_workload, uniform_workload
 from support.tiny import make_config
@@ -54,6 +54,16 @@ def test_a_plan_of_hundreds_of_gpus_needs_no_weights_and_no_data(run_config, tin
     failed = plan(config, tmp_path / "run.yaml", "--rates", "H100")
     assert failed.returncode == 1
     assert "--tokens_per_sample N plans without the data" in failed.stderr
+
+
+def test_what_a_plan_does_not_know_is_named(run_config) -> None:
+    def said(**options: object) -> str:
+        return summary(make(run_config(**options)))[0]
+
+    assert said(student__cpu_offload=True, student__lora__rank=4).startswith(
+        "left out    student.cpu_offload, student.lora: "
+    )
+    assert said(student__activation_checkpointing="full").startswith("memory")
 
 
 SMALL_GPU = replace(GPUS["H100"], capacity_bytes=2.0 * 2**30)

@@ -101,8 +101,12 @@ CASES: dict[int, list[tuple[str, int, dict[str, Any]]]] = {
         ("untied", WHOLE, {"context_parallel": 2, "activation_checkpointing": "full", "vocab_parallel": True}),
         ("tied", WHOLE, {"context_parallel": 2, "activation_checkpointing": "selective"}),
         ("lora", WHOLE, LORA),
+        ("lora", 128, LORA),
     ],
     4: [
+        ("tied", WHOLE, {}),
+        ("untied", WHOLE, {"activation_checkpointing": "full", "cpu_offload": True}),
+        ("lora", WHOLE, LORA),
         ("tied", WHOLE, {"context_parallel": 2}),
         ("untied", WHOLE, {"replicate": 2, "vocab_parallel": True}),
     ],

@@ -392,7 +392,6 @@ class RunConfig:
         _check("student.replicate", replicas, ranks % replicas == 0, f"a divisor of the {ranks} ranks")
         size = self.student.context_parallel
         _check("student.context_parallel", size, ranks % size == 0, f"a divisor of the {ranks} ranks")
-        _check_compile(self.student)
         _check_data(self.data)
         _check_teachers(self)
         if self.training.keep_best and self.data.num_eval_samples == 0:
@@ -449,15 +448,6 @@ def _check_teachers(config: RunConfig) -> None:
         raise ConfigError(
             "transport.schedule: colocate needs every rank to ask teachers, and of those that share a microbatch "
             "(student.context_parallel) one asks; use overlap, or context_parallel 1"
-        )
-
-
-def _check_compile(student: StudentConfig) -> None:
-    sharded = student.num_ranks > 1 or student.cpu_offload
-    if student.compile and sharded and student.activation_checkpointing == "selective":
-        raise ConfigError(
-            "student.compile: not with activation_checkpointing selective on several ranks or with cpu_offload, where "
-            "a parameter is left without its gradient (docs/student.md); use full or none"
         )
 
 

@@ -78,10 +78,6 @@ def test_dump_reads_back(tmp_path: Path) -> None:
             "context_parallel or vocab_parallel of the student: expected neither",
         ),
         (["--student.num_ranks=2", "--student.context_parallel=3"], "expected a divisor of the 2 ranks, got 3"),
-        (
-            ["--student.compile=true", "--student.activation_checkpointing=selective", "--student.num_ranks=2"],
-            "student.compile: not with activation_checkpointing selective on several ranks",
-        ),
         (["--student.num_ranks=4", "--student.replicate=3"], "student.replicate: expected a divisor of the 4 ranks"),
         (
             ["--student.num_ranks=2", "--student.context_parallel=2", "--transport.schedule=colocate"],

@@ -58,6 +58,8 @@ soak = pytest.mark.soak
         pytest.param(2, "inductor", {}, marks=soak),
         pytest.param(1, "inductor", {"activation_checkpointing": "full"}, marks=soak),
         pytest.param(1, "inductor", {"activation_checkpointing": "selective"}, marks=soak),
+        pytest.param(2, "inductor", {"activation_checkpointing": "selective"}, marks=soak),
+        pytest.param(2, "aot_eager", {"activation_checkpointing": "selective", "cpu_offload": True}, marks=soak),
     ],
 )
 def test_compiled_equals_eager(

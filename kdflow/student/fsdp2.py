@@ -27,7 +27,7 @@ from kdflow.modeling import (
     resolve_dtype,
 )
 from kdflow.student.context_parallel import ContextParallel, StudentInput
-from kdflow.student.lora import add_lora, check_quantization, quantization_options, without_adapters
+from kdflow.student.lora import add_lora, check_quantization, quantization_options, without_adapters, without_weights
 from kdflow.student.mixed_precision import LowPrecisionCopies
 from kdflow.student.optimizer import adamw, lr_factor
 from kdflow.student.router import router_loss, router_weight
@@ -171,7 +171,7 @@ class FSDP2Student:
         check_quantization(config, device, self.num_ranks)
         whole = self.num_ranks == 1  # on every rank; otherwise rank 0 alone has it, and the others its shape
         model: Any = _load(config, device, compute_dtype) if whole else _shell(config, compute_dtype)
-        source: Any = None if whole or dist.get_rank() > 0 else _source(config, compute_dtype, model)
+        source: Any = None if whole or dist.get_rank() > 0 else _source(config, model)
         layers = decoder_layers(model)
         wrap_layers(layers, config)
         mesh = None if whole and not config.cpu_offload else make_mesh(config, device)
@@ -299,8 +299,10 @@ def _shell(config: StudentConfig, compute_dtype: torch.dtype) -> Any:
     return model
 
 
-def _source(config: StudentConfig, compute_dtype: torch.dtype, shell: Any) -> Any:
-    """What the shell is filled from. Adapters are drawn in float32, as on a single rank."""
+def _source(config: StudentConfig, shell: Any) -> Any:
+    """What the shell is filled from: mapped weights, and adapters as a single rank draws them."""
+    model = map_causal_lm(config.model, shell)
     if config.lora.rank:
-        return _load(config, torch.device("cpu"), compute_dtype)
-    return map_causal_lm(config.model, shell)
+        with without_weights(model):
+            add_lora(model, config, torch.float32)
+    return model

@@ -100,6 +100,19 @@ def without_adapters(model: Any) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+@contextmanager
+def without_weights(model: Any) -> Iterator[None]:
+    """Float32 stand-ins without memory for all weights: adapters take their dtype, and the weights stay mapped."""
+    kept = [(weight, weight.data) for weight in model.parameters()]
+    for weight, data in kept:
+        weight.data = torch.empty((), dtype=torch.float32).expand(data.shape)
+    try:
+        yield
+    finally:
+        for weight, data in kept:
+            weight.data = data
+
+
 def lora_scaling(model: Any) -> float:
     """How often the adapters count."""
     config = model.peft_config[_ADAPTER]

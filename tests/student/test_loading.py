@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
+from kdflow.config import LoraConfig
 from support.ranks import run_on_ranks
 from support.student import make_student, whole
 from support.tiny import FAMILIES, SHAPE
@@ -54,9 +55,10 @@ def anonymous_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
-def peak_bytes(small: str, large: str) -> int:
+def peak_bytes(small: str, large: str, lora_rank: int) -> int:
     """Most that loading the large model adds, once a small one has loaded all code."""
-    make_student(small, None)
+    lora = LoraConfig(rank=lora_rank)
+    make_student(small, None, lora=lora)
     before, peak, done = anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -66,19 +68,20 @@ def peak_bytes(small: str, large: str) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    student = make_student(large, None)
+    student = make_student(large, None, lora=lora)
     done.set()
     watcher.join()
     assert sum(p.numel() for p in student.model.parameters()) > 5e7
     return max(peak, anonymous_bytes()) - before
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_no_rank_ever_holds_the_whole_model(tiny: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype, lora_rank", [(torch.bfloat16, 0), (torch.float32, 0), (torch.bfloat16, 4)])
+def test_no_rank_ever_holds_the_whole_model(tiny: Path, tmp_path: Path, dtype: torch.dtype, lora_rank: int) -> None:
     """Each of two has half of the float32 weights; with a whole copy beside them it would be three halves."""
     model = LlamaForCausalLM(LARGE).to(dtype)
     num_bytes = 4 * sum(p.numel() for p in model.parameters())
     model.save_pretrained(tmp_path / "large")
     del model
-    for added in run_on_ranks(2, tmp_path / "ranks", peak_bytes, str(tiny / "student"), str(tmp_path / "large")):
+    folders = [str(tiny / "student"), str(tmp_path / "large")]
+    for added in run_on_ranks(2, tmp_path / "ranks", peak_bytes, *folders, lora_rank):
         assert 0.5 * num_bytes < added < 0.8 * num_bytes

@@ -28,7 +28,7 @@ from kdflow.config import RunConfig
 from kdflow.config_file import load_config
 from kdflow.plan import Plan, Rates, load_rates, make_plan, work
 from kdflow.plan.command import make_machine
-from kdflow.plan.plan import TAIL_STEPS, WARM_UP_STEPS, timed_steps
+from kdflow.plan.plan import WARM_UP_STEPS
 from kdflow.plan.printing import print_plan
 from kdflow.plan.shapes import ModelShape, load_shape, load_teachers
 from kdflow.plan.workload import Workload, data_workload
@@ -56,7 +56,7 @@ def main(options: argparse.Namespace, console: Console) -> int:
         _compare(against, rates, console)
         return 0
     config = load_config(options.config, options.overrides)
-    workload = data_workload(config, WARM_UP_STEPS + options.steps + TAIL_STEPS, config.student.num_ranks)
+    workload = data_workload(config, WARM_UP_STEPS + options.steps, config.student.num_ranks)
     print_plan(_plan(config, rates, workload), console)
     return 0
 
@@ -137,18 +137,19 @@ def _row(path: Path, rows: Sequence[Row], *, role: str) -> Row:
 
 
 def _job(params: Any) -> tuple[RunConfig, Workload]:
-    """What was configured, and the steps that were measured, with those around them."""
+    """What was configured, and the steps that were measured, with the one before them."""
     config = load_config(params["config"], run_overrides(params, "unused"))
     warm_up, measured = params["num_warm_up_steps"], params["num_measured_steps"]
-    steps = WARM_UP_STEPS + measured + TAIL_STEPS
-    workload = data_workload(config, steps, config.student.num_ranks, first_step=warm_up - WARM_UP_STEPS)
+    workload = data_workload(
+        config, WARM_UP_STEPS + measured, config.student.num_ranks, first_step=warm_up - WARM_UP_STEPS
+    )
     return config, workload
 
 
 def floor_flops(student: ModelShape, teacher: ModelShape, workload: Workload) -> float:
     """Of the products that the floor of ``bench e2e`` times, in which attention has no part."""
     total = 0.0
-    for step in timed_steps(workload):
+    for step in workload.steps[WARM_UP_STEPS:]:
         for piece in (piece for ranks in step for piece in ranks):
             teachers = work.linear_flops(teacher, piece.num_tokens) + 2 * piece.num_rows * teacher.head_params
             students = work.linear_flops(student, piece.num_tokens) + 2 * piece.num_rows * student.head_params

@@ -17,6 +17,9 @@ from bench.cases.e2e_shapes import QWEN3_0_6B, QWEN3_1_7B, QWEN3_4B
 from bench.model import Case, Provider
 
 MODULE = "bench.cases.e2e_providers"
+# As many as a ring has slots: a teacher that far ahead must not run out of microbatches before the measured steps end,
+# or these would not have all of its work beside them.
+TAIL_STEPS = 4
 PROVIDERS = (
     Provider("GEMMs of the step", f"{MODULE}:gemms", "floor"),
     Provider("kdflow train", f"{MODULE}:kdflow", "ours"),
@@ -49,7 +52,7 @@ def gpu_case(device: str, *, quick: bool, models: Mapping[str, Mapping[str, Any]
             "overrides": list(overrides),
             "num_warm_up_steps": 2 if quick else 3,
             "num_measured_steps": measured,
-            "num_tail_steps": 2,
+            "num_tail_steps": TAIL_STEPS,
             "peer_batch_size": 4,
             "stop_when_measured": True,  # saving 9 GB at the end is another job
         },
@@ -80,7 +83,7 @@ def _cpu_case(device: str, quick: bool, config: str) -> Case:
             "overrides": overrides,
             "num_warm_up_steps": 1,
             "num_measured_steps": measured,
-            "num_tail_steps": 2,
+            "num_tail_steps": TAIL_STEPS,
             "peer_batch_size": 0,  # the whole step
             "stop_when_measured": False,
         },

@@ -12,7 +12,7 @@ from kdflow.config import RunConfig
 from kdflow.config_file import load_config
 from kdflow.errors import ConfigError, DataError
 from kdflow.modeling import hide_progress_bars, resolve_device, resolve_dtype
-from kdflow.plan.plan import TAIL_STEPS, WARM_UP_STEPS, Machine, Plan, make_plan
+from kdflow.plan.plan import WARM_UP_STEPS, Machine, Plan, make_plan
 from kdflow.plan.printing import print_plan
 from kdflow.plan.rates import GPUS, Rates, load_rates
 from kdflow.plan.shapes import load_shape, load_teachers
@@ -88,7 +88,7 @@ def make_machine(config: RunConfig, rates: Rates, *, num_gpus: int | None = None
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name, low in (("gpus", 1), ("nodes", 1), ("tokens_per_sample", 2), ("steps", WARM_UP_STEPS + TAIL_STEPS + 1)):
+    for name, low in (("gpus", 1), ("nodes", 1), ("tokens_per_sample", 2), ("steps", WARM_UP_STEPS + 1)):
         value = getattr(options, name)
         if value is not None and value < low:
             raise ConfigError(f"--{name}: expected at least {low}, got {value}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kdflow.config import RunConfig, named
@@ -21,8 +21,8 @@ from kdflow.plan.workload import Piece, Workload
 USABLE = 0.95
 BUDGET_STEP = 256
 MAX_BUDGET = 2**22
-# Simulated but not timed: teachers fill the rings in the first step and rest in the last ones. In turns all are.
-WARM_UP_STEPS, TAIL_STEPS = 1, 2
+# Simulated but not timed: in the first step teachers fill the rings. In turns all steps are timed.
+WARM_UP_STEPS = 1
 # A rank that waits for more than this share of the time is held up.
 NOTICEABLE_WAIT = 0.05
 
@@ -90,9 +90,11 @@ def make_plan(
 ) -> Plan:
     """The run as configured, with the workload's timed steps standing for all of them."""
     planner = _Planner(config, student, teachers, workload, machine)
-    warm_up, tail = (0, 0) if planner.takes_turns else (WARM_UP_STEPS, TAIL_STEPS)
-    outcome = simulate(planner.schedule(), warm_up_steps=warm_up, tail_steps=tail)
-    timed = workload.steps if planner.takes_turns else timed_steps(workload)
+    warm_up = 0 if planner.takes_turns else WARM_UP_STEPS
+    # As long as there is a next microbatch for every slot, teachers work through all timed steps.
+    tail = 0 if planner.takes_turns else -(-config.transport.num_slots // len(workload.steps[-1]))
+    outcome = simulate(planner.schedule(num_tail_steps=tail), warm_up_steps=warm_up, tail_steps=tail)
+    timed = workload.steps[warm_up:]
     tokens = sum(piece.num_tokens for step in timed for ranks in step for piece in ranks)
     per_step = outcome.seconds / len(timed)
     on_student, on_teacher = planner.memory(
@@ -116,10 +118,6 @@ def make_plan(
         largest_budget=planner.largest_budget(),
         bottleneck=planner.bottleneck(outcome),
     )
-
-
-def timed_steps(workload: Workload) -> Sequence[Sequence[Sequence[Piece]]]:
-    return workload.steps[WARM_UP_STEPS : len(workload.steps) - TAIL_STEPS]
 
 
 def _prefill(name: str) -> str:
@@ -157,8 +155,10 @@ class _Planner:
         self.sharing = bool(prefilling & set(self._students))
         self.takes_turns = config.transport.schedule == "colocate"
 
-    def schedule(self) -> Schedule:
+    def schedule(self, *, num_tail_steps: int = 0) -> Schedule:
+        """Of the workload, its last step so many times again."""
         costs = [[[self._costs(piece) for piece in ranks] for ranks in step] for step in self._workload.steps]
+        costs += costs[-1:] * num_tail_steps
         return Schedule(
             steps=costs,
             optimizer_s=self._seconds(self._optimizer()),

@@ -41,6 +41,7 @@ def train(folder: Path, options: dict[str, Any]):
 
 
 def train_both(folder: Path, backend: str, options: dict[str, Any]):
+    torch._dynamo.reset()  # another test of this process may have compiled the same layers
     counters.clear()
     with mock.patch.object(torch, "compile", partial(torch.compile, backend=backend)):
         return train(folder, options), train(folder, {**options, "compile": True})

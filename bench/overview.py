@@ -19,7 +19,7 @@ LOSS_CASES = (
     ("two CPU cores", "loss-cpu.jsonl", "forward_kl bf16 N=1024 V=151936 Hs=896 Ht=2048"),
 )
 RING = "ring-cpu.jsonl"
-E2E = "e2e-cpu.jsonl"
+E2E = "e2e-amx.jsonl"
 
 
 def main(folder: Path, console: Console) -> int:

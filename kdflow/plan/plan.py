@@ -21,7 +21,7 @@ from kdflow.plan.workload import Piece, Workload
 USABLE = 0.95
 BUDGET_STEP = 256
 MAX_BUDGET = 2**22
-# Simulated but not timed: in the first step teachers fill the rings. In turns all steps are timed.
+# Of a workload, simulated but not timed. In turns all steps are timed.
 WARM_UP_STEPS = 1
 # A rank that waits for more than this share of the time is held up.
 NOTICEABLE_WAIT = 0.05
@@ -90,10 +90,12 @@ def make_plan(
 ) -> Plan:
     """The run as configured, with the workload's timed steps standing for all of them."""
     planner = _Planner(config, student, teachers, workload, machine)
-    warm_up = 0 if planner.takes_turns else WARM_UP_STEPS
-    # As long as there is a next microbatch for every slot, teachers work through all timed steps.
-    tail = 0 if planner.takes_turns else -(-config.transport.num_slots // len(workload.steps[-1]))
-    outcome = simulate(planner.schedule(num_tail_steps=tail), warm_up_steps=warm_up, tail_steps=tail)
+    warm_up, around = 0, 0
+    if not planner.takes_turns:
+        # Before the timed steps teachers fill the rings, and behind them there is a next microbatch for every slot.
+        warm_up, around = WARM_UP_STEPS, -(-config.transport.num_slots // len(workload.steps[0]))
+    schedule = planner.schedule(num_steps_around=around)
+    outcome = simulate(schedule, warm_up_steps=around + warm_up, tail_steps=around)
     timed = workload.steps[warm_up:]
     tokens = sum(piece.num_tokens for step in timed for ranks in step for piece in ranks)
     per_step = outcome.seconds / len(timed)
@@ -155,10 +157,10 @@ class _Planner:
         self.sharing = bool(prefilling & set(self._students))
         self.takes_turns = config.transport.schedule == "colocate"
 
-    def schedule(self, *, num_tail_steps: int = 0) -> Schedule:
-        """Of the workload, its last step so many times again."""
+    def schedule(self, *, num_steps_around: int = 0) -> Schedule:
+        """Of the workload, its first step so many times before it and its last one as often behind it."""
         costs = [[[self._costs(piece) for piece in ranks] for ranks in step] for step in self._workload.steps]
-        costs += costs[-1:] * num_tail_steps
+        costs = costs[:1] * num_steps_around + costs + costs[-1:] * num_steps_around
         return Schedule(
             steps=costs,
             optimizer_s=self._seconds(self._optimizer()),

@@ -1,20 +1,27 @@
-"""``bench ceilings``: what the device reaches at most: GEMMs, copies, rows of the loss.
+"""``bench ceilings``: what the device reaches at most: GEMMs, attention, a layer's operators, copies, rows of the loss.
 
 The figures that the other suites are held against, and the rates that ``kdflow plan`` and ``bench
-roofline`` compute with: a square GEMM, a copy inside the device's memory, the passes of the loss
-over its logits (a loss whose matrix products are too thin to count), and on a GPU copies to and
-from pinned host memory.
+roofline`` compute with: a square GEMM, causal attention and the eager operators of a Llama layer,
+both forward and backward, a copy inside the device's memory, the passes of the loss over its logits
+(a loss whose matrix products are too thin to count), and on a GPU copies to and from pinned host
+memory.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from transformers import LlamaConfig
+
 from bench.environment import has_native_bf16
 from bench.model import Case, Provider
+from kdflow.plan import work
+from kdflow.plan.shapes import shape_of
 
 MODULE = "bench.cases.ceilings_providers"
 GEMM = Provider("torch.mm", f"{MODULE}:gemm", "floor")
+ATTENTION = Provider("SDPA", f"{MODULE}:attention", "floor")
+OPERATORS = Provider("operators of a layer", f"{MODULE}:layer_operators", "floor")
 COPY = Provider("copy inside the device", f"{MODULE}:device_copy", "floor")
 LOSS_ROWS = Provider("rows of the loss", f"{MODULE}:loss_rows", "floor")
 HOST_COPIES = (
@@ -26,6 +33,7 @@ MIB = 2**20
 REPEATS = 10  # in a step: a single copy is hardly longer than its launch
 THIN_HIDDEN = 16
 VOCAB = 49152
+ITEM_BYTES = {"bf16": 2, "fp32": 4}
 
 
 def cases(*, device: str, quick: bool) -> list[Case]:
@@ -46,6 +54,7 @@ def cases(*, device: str, quick: bool) -> list[Case]:
         )
         for of in (("bf16",) if on_gpu else ("bf16", "fp32"))
     ]
+    found += _layer_cases(device, dtype, on_gpu=on_gpu)
     # A copy reads and writes.
     copy = {"num_bytes": copied, "rate": "memory_bytes", "rate_per_work": 2}
     found.append(_case(f"device copy {copied // MIB} MiB", device, (COPY,), float(copied), "byte", copy))
@@ -59,6 +68,32 @@ def cases(*, device: str, quick: bool) -> list[Case]:
         one_way = {"num_bytes": copied, "rate": "link_bytes", "rate_per_work": 1}
         found.append(_case(name, device, HOST_COPIES, float(copied), "byte", one_way))
     return found
+
+
+def _layer_cases(device: str, dtype: str, *, on_gpu: bool) -> list[Case]:
+    """What a layer does besides its products with weights, for samples as long as is usual where it runs."""
+    samples, length, hidden, heads, head_size = (4, 4096, 4096, 32, 128) if on_gpu else (4, 256, 1024, 16, 64)
+    sizes = {"hidden_size": hidden, "num_heads": heads, "num_kv_heads": heads // 4, "head_size": head_size}
+    sizes["intermediate_size"] = 4 * hidden
+    config = LlamaConfig(
+        vocab_size=8,
+        num_hidden_layers=1,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+        head_dim=head_size,
+        intermediate_size=4 * hidden,
+    )
+    layer = shape_of(config, "one layer")
+    params = {"num_samples": samples, "length": length, **sizes, "dtype": dtype, "rate_per_work": 1}
+    # Backward is two and a half times attention's forward, and twice that of the rest: see kdflow/plan/work.py.
+    flops = 3.5 * work.attention_flops(layer, [length] * samples)
+    moved = 3.0 * samples * length * work.layer_bytes(layer, ITEM_BYTES[dtype])
+    attention, operators = {**params, "rate": "attention_flops"}, {**params, "rate": "operator_bytes"}
+    return [
+        _case(f"attention {dtype} {samples} x {length}, {heads} heads", device, (ATTENTION,), flops, "flop", attention),
+        _case(f"layer {dtype} {samples * length} x {hidden}", device, (OPERATORS,), moved, "byte", operators),
+    ]
 
 
 def _case(

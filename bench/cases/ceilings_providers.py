@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from bench.model import Trial
 from kdflow_kernels import fused_kd_loss
@@ -26,6 +28,45 @@ def device_copy(params: Params) -> Trial:
     source = torch.zeros(params["num_bytes"], dtype=torch.uint8, device=params["device"])
     target = torch.ones_like(source)
     return _repeated(params, lambda: target.copy_(source))
+
+
+def attention(params: Params) -> Trial:
+    """Causal, forward and backward, of samples one after another."""
+    heads, kv_heads, length = params["num_heads"], params["num_kv_heads"], params["length"]
+    query, key, value = (_leaf(params, 1, count, length, params["head_size"]) for count in (heads, kv_heads, kv_heads))
+    gradient = torch.randn_like(query)
+
+    def once() -> None:
+        for _ in range(params["num_samples"]):
+            F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).backward(gradient)
+
+    return _repeated(params, once)
+
+
+def layer_operators(params: Params) -> Trial:
+    """Both norms and residuals, rotation, gate and the new layout of attention's output, forward and backward.
+
+    As in a Llama layer of transformers, run eagerly, without the products between them.
+    """
+    tokens, heads, size = params["num_samples"] * params["length"], params["num_heads"], params["head_size"]
+    hidden, residual = (_leaf(params, 1, tokens, params["hidden_size"]) for _ in range(2))
+    query, key, attended = (_leaf(params, 1, n, tokens, size) for n in (heads, params["num_kv_heads"], heads))
+    gate, up = (_leaf(params, 1, tokens, params["intermediate_size"]) for _ in range(2))
+    cos, sin = (_leaf(params, 1, tokens, size).detach() for _ in range(2))
+    norms = [LlamaRMSNorm(params["hidden_size"]).to(hidden) for _ in range(2)]
+    inputs = [hidden, residual, query, key, attended, gate, up, *(norm.weight for norm in norms)]
+
+    def forward() -> list[torch.Tensor]:
+        normalised = [norm(hidden + residual) for norm in norms]
+        rotated = apply_rotary_pos_emb(query, key, cos, sin)
+        return [*normalised, *rotated, attended.transpose(1, 2).contiguous(), F.silu(gate) * up]
+
+    gradients = [torch.randn_like(output) for output in forward()]
+    return _repeated(params, lambda: torch.autograd.grad(forward(), inputs, gradients))
+
+
+def _leaf(params: Params, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=params["device"]).to(DTYPES[params["dtype"]]).requires_grad_()
 
 
 def loss_rows(params: Params) -> Trial:

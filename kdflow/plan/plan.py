@@ -185,6 +185,8 @@ class _Planner:
         rates = self._machine.rates
         return (
             amount.flops / rates.matmul_flops
+            + amount.attention_flops / rates.attention_flops
+            + amount.operator_bytes / rates.operator_bytes
             + amount.moved_bytes / rates.memory_bytes
             + amount.logits / rates.loss_logits
         )

@@ -24,6 +24,8 @@ class Rates:
     Attributes:
         source: where the numbers come from.
         matmul_flops: of matrix products in the compute dtype, a second.
+        attention_flops: of causal attention, forward and backward, the half below the diagonal counted.
+        operator_bytes: read and written by a layer's eager operators between its products, forward and backward.
         memory_bytes: read and written by its memory, a second.
         loss_logits: that the rows of the loss take, a second: both logits to terms and gradient.
         link_bytes: of hidden states from a teacher beside the student, a second.
@@ -37,6 +39,8 @@ class Rates:
     name: str
     source: str
     matmul_flops: float
+    attention_flops: float
+    operator_bytes: float
     memory_bytes: float
     loss_logits: float
     link_bytes: float
@@ -49,8 +53,16 @@ class Rates:
 
 # Of an H100's stated peaks: 706-751 of 989 TFLOP/s in the loss's GEMMs (bench/results/gpu-h100-loss), 3.0 of
 # 3.35 TB/s in a copy (docs/design/architecture.md), 47.4 of 64 GB/s over PCIe (bench/results/gpu-h100-ring-quick).
-# Collectives have not been measured: theirs is an assumption.
-ATTAINED = {"matmul_flops": 0.73, "memory_bytes": 0.9, "link_bytes": 0.74, "node_bytes": 0.75, "network_bytes": 0.75}
+# FlashAttention-2, which SDPA uses, reaches 35% of an H100's peak (arXiv 2407.08608).
+# Collectives have not been measured: theirs is an assumption, and so is that eager operators are as fast as copies.
+ATTAINED = {
+    "matmul_flops": 0.73,
+    "attention_flops": 0.35,
+    "memory_bytes": 0.9,
+    "link_bytes": 0.74,
+    "node_bytes": 0.75,
+    "network_bytes": 0.75,
+}
 # The row kernel of the loss moves ten bytes a logit: both read twice and the gradient written, in bfloat16.
 LOGIT_BYTES = 10
 
@@ -62,6 +74,8 @@ def _gpu(name: str, tflops: float, tbytes: float, gib: float, pcie: float, nvlin
         name=name,
         source=f"{sheet}, times what an H100 was measured to reach of its own",
         matmul_flops=ATTAINED["matmul_flops"] * tflops * 1e12,
+        attention_flops=ATTAINED["attention_flops"] * tflops * 1e12,
+        operator_bytes=memory,
         memory_bytes=memory,
         loss_logits=memory / LOGIT_BYTES,
         link_bytes=ATTAINED["link_bytes"] * pcie * 1e9,
@@ -144,7 +158,7 @@ def _measured(path: Path, environment: Mapping[str, Any], rows: list[dict[str, A
         if rate and row["median_s"]:
             per_work = row["params"]["rate_per_work"]
             best[rate] = max(best.get(rate, 0.0), per_work * row["work"] / row["median_s"])
-    needed = {"matmul_flops", "memory_bytes", "loss_logits"}
+    needed = {"matmul_flops", "attention_flops", "operator_bytes", "memory_bytes", "loss_logits"}
     if missing := needed - set(best):
         raise ConfigError(
             f"--rates: {path}: expected rows of `python -m bench ceilings`, found none for "

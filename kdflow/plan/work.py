@@ -1,4 +1,4 @@
-"""What a microbatch costs: products in flops, everything else in bytes that memory moves.
+"""What a microbatch costs: products and attention in flops, everything else in bytes that memory moves.
 
 A microbatch is the lengths of its samples and its number of loss rows N; T tokens are the sum of the
 lengths. Letters as in shapes.py. Bytes are those of eager transformers, where every operator reads and
@@ -8,7 +8,7 @@ writes its tensors; they were counted in the code of a Llama layer, operator by 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from kdflow.plan.shapes import ModelShape
 
@@ -20,14 +20,23 @@ OPTIMIZER_BYTES = 4 * FP32 + 3 * FP32 + FP32 + 2 * FP32
 
 @dataclass(frozen=True)
 class Work:
-    """Flops of matrix products, bytes of all else, and logits that pass through the rows of the loss."""
+    """
+    Attributes:
+        flops: of products with weights.
+        attention_flops: of queries, keys and values.
+        operator_bytes: of the layers' operators between them.
+        moved_bytes: of the optimizer and of sums of gradients.
+        logits: that pass through the rows of the loss.
+    """
 
     flops: float = 0.0
+    attention_flops: float = 0.0
+    operator_bytes: float = 0.0
     moved_bytes: float = 0.0
     logits: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.moved_bytes + other.moved_bytes, self.logits + other.logits)
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
 
 
 def attention_flops(shape: ModelShape, lengths: Sequence[int]) -> float:
@@ -58,8 +67,9 @@ def layer_bytes(shape: ModelShape, item: int) -> int:
 def forward_work(shape: ModelShape, lengths: Sequence[int], item: int) -> Work:
     tokens = sum(lengths)
     return Work(
-        flops=linear_flops(shape, tokens) + attention_flops(shape, lengths),
-        moved_bytes=float(tokens * shape.num_layers * layer_bytes(shape, item)),
+        flops=linear_flops(shape, tokens),
+        attention_flops=attention_flops(shape, lengths),
+        operator_bytes=float(tokens * shape.num_layers * layer_bytes(shape, item)),
     )
 
 
@@ -67,8 +77,9 @@ def backward_work(shape: ModelShape, lengths: Sequence[int], item: int, *, recom
     """Two products for each one of forward; attention's five for its two; twice the bytes."""
     tokens = sum(lengths)
     work = Work(
-        flops=2 * linear_flops(shape, tokens) + 2.5 * attention_flops(shape, lengths),
-        moved_bytes=2.0 * tokens * shape.num_layers * layer_bytes(shape, item),
+        flops=2 * linear_flops(shape, tokens),
+        attention_flops=2.5 * attention_flops(shape, lengths),
+        operator_bytes=2.0 * tokens * shape.num_layers * layer_bytes(shape, item),
     )
     return work + forward_work(shape, lengths, item) if recomputed else work
 

@@ -168,7 +168,7 @@ def test_the_workload_is_what_the_run_packs(run_config) -> None:
     [
         ("not json", "not JSON"),
         ('{"like": "H900"}', "like: expected one of A100, H100"),
-        ('{"matmul_flops": 1}', "missing ['capacity_bytes'"),
+        ('{"matmul_flops": 1}', "missing ['attention_flops', 'capacity_bytes'"),
         ('{"like": "H100", "matmul_flop": 1}', "unknown ['matmul_flop']"),
         ('{"kind": "environment", "gpu": null}\n', "expected rows of `python -m bench ceilings`"),
     ],
@@ -192,7 +192,13 @@ def test_rates_of_a_file_and_of_a_measurement(tmp_path: Path) -> None:
     environment = {"kind": "environment", "gpu": None, "cpu": {"model": "some CPU", "memory_gib": 16.0}}
     rows = [
         {"suite": "ceilings", "params": {"rate": rate, "rate_per_work": factor}, "work": 10.0, "median_s": 2.0}
-        for rate, factor in (("matmul_flops", 1), ("memory_bytes", 2), ("loss_logits", 1))
+        for rate, factor in (
+            ("matmul_flops", 1),
+            ("attention_flops", 1),
+            ("operator_bytes", 1),
+            ("memory_bytes", 2),
+            ("loss_logits", 1),
+        )
     ]
     measured = tmp_path / "ceilings.jsonl"
     measured.write_text("".join(json.dumps(record) + "\n" for record in (environment, *rows)))

@@ -157,11 +157,12 @@ def test_reference_backend(divergence: str):
 
 @pytest.mark.parametrize("vocabulary", ["same", "padded", "paired"])
 @pytest.mark.parametrize("num_rows", [13, 120])
-def test_bf16_products_of_a_cpu_that_has_them(
-    vocabulary: str, num_rows: int, rows: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("products", [torch.bfloat16, torch.float32], ids=str)
+def test_bf16_on_cpus_that_multiply_it_and_on_others(
+    vocabulary: str, num_rows: int, products: torch.dtype, rows: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """What CPUs with fast bf16 run; correct, if slow, on all."""
-    monkeypatch.setattr(tiled_logits, "multiply_dtype", lambda dtype, device: dtype)
+    """Correct, if slow, on all."""
+    monkeypatch.setattr(tiled_logits, "multiply_dtype", lambda dtype, device: products)
     case = make(num_rows=num_rows, vocabulary=vocabulary, ce_weight=0.3, student_bias=vocabulary == "padded", vocab=150)
     check_against_oracle(case, torch.bfloat16)
     case.options["grad_filter_eps"] = 1e-9

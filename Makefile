@@ -118,6 +118,8 @@ $(VENV)/.kdflow-base: $(VENV)/.kdflow-venv $(ROOT)/pyproject.toml $(ROOT)/setup.
 $(VENV)/.kdflow-test: $(VENV)/.kdflow-base
 	@echo "== test tools"
 	$(INSTALL) -e "$(ROOT)[quickstart,test]"
+	# The oldest Triton that kernels are to compile under, beside the environment's own.
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/triton-3.6.0 triton==3.6.0
 	touch $@
 
 $(VENV)/.kdflow-dev: $(VENV)/.kdflow-test

@@ -14,6 +14,7 @@ from kdflow_kernels.jit_math import LN_2, LOG2_E, exp2, log
 
 LOWEST = tl.constexpr(-1e30)  # problem.LOWEST_LOGIT
 NO_COLUMN = tl.constexpr(2**30)
+CACHE_DECIDES = tl.constexpr("")  # a plain string as a default does not compile under triton 3.6
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _transform(
 @triton.jit
 def student_logits(
     z_row, columns, V, bias, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    EVICTION: tl.constexpr = "",
+    EVICTION: tl.constexpr = CACHE_DECIDES,
 ):  # fmt: skip
     """Logits at temperature 1; LOWEST beyond V."""
     z = tl.load(z_row + columns, eviction_policy=EVICTION).to(tl.float32)
@@ -61,7 +62,7 @@ def logits(
     HAS_TEACHER: tl.constexpr, PARTIAL: tl.constexpr, PAIRED: tl.constexpr,
     STUDENT_BIAS: tl.constexpr, STUDENT_SCALE: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr,
     TEACHER_BIAS: tl.constexpr, TEACHER_SCALE: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr,
-    EVICTION: tl.constexpr = "",
+    EVICTION: tl.constexpr = CACHE_DECIDES,
 ):  # fmt: skip
     """Logits at temperature 1: the student's, and student's and teacher's as compared, LOWEST where they are not."""
     z = student_logits(

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_triton_backend import DIVERGENCES
@@ -19,10 +20,21 @@ LINE = re.compile(
 )
 
 
+OLDEST = Path(sys.prefix, "triton-3.6.0")  # the oldest release that pyproject.toml allows
+
+
 # A process of its own: here Triton's functions are interpreted.
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_form_compiles_and_spills_nothing(architecture: int):
+@pytest.mark.parametrize(
+    "architecture, triton",
+    [*((number, None) for number in ARCHITECTURES), (90, OLDEST)],
+    ids=["80", "90", "100", "90 oldest"],
+)
+def test_every_form_compiles_and_spills_nothing(architecture: int, triton: Path | None):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if triton is not None:
+        if not triton.is_dir():
+            pytest.skip("needs triton 3.6.0, which `make test` puts beside its environment")
+        environment["PYTHONPATH"] = str(triton)
     command = [sys.executable, "-m", "kdflow_kernels.aot", "--arch", str(architecture)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,12 +15,21 @@ from pathlib import Path
 import pytest
 
 from bench import cli
+from bench.client import ROOT
 from bench.gpu import parts, process, verdict
 from bench.model import Case, Provider, Role, Row
 from bench.output import read_results
 from bench.sweep import Settings, _packed, run_case
 
 NAMES = {"main": "N=8 V=16 Hs=4 Ht=4", "wide": "N=8 V=16 Hs=4 Ht=8"}
+
+
+def test_it_starts_where_only_libraries_are_installed() -> None:
+    environment = {"PYTHONPATH": sysconfig.get_path("purelib"), "PATH": os.environ["PATH"]}  # whose .pth are not read
+    command = [sys.executable, "-S", "-m", "bench", "gpu", "--help"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "--rehearse" in result.stdout
 
 
 def row(case: str, provider: str, seconds: float, role: Role = "peer", **fields: object) -> Row:

@@ -141,7 +141,7 @@ def sweeps(rows: Sequence[Row]) -> list[tuple[str, Figure]]:
     for name, group in _sweeps(rows):
         ours_and_peers = [row for row in group if row.role in ("ours", "peer")]
         measures = [("rate" if group[0].unit in ("byte", "token") else "median_s", group)]
-        if any(row.peak_mib is not None for row in group):
+        if any(row.peak_mib is not None for row in ours_and_peers):
             measures.append(("peak_mib", ours_and_peers))
         if any(row.floor_percent is not None for row in ours_and_peers):
             measures.append(("floor_percent", ours_and_peers))

@@ -54,7 +54,6 @@ def cases(*, device: str, quick: bool) -> list[Case]:
         )
         for of in (("bf16",) if on_gpu else ("bf16", "fp32"))
     ]
-    found += _layer_cases(device, dtype, on_gpu=on_gpu)
     # A copy reads and writes.
     copy = {"num_bytes": copied, "rate": "memory_bytes", "rate_per_work": 2}
     found.append(_case(f"device copy {copied // MIB} MiB", device, (COPY,), float(copied), "byte", copy))
@@ -67,7 +66,7 @@ def cases(*, device: str, quick: bool) -> list[Case]:
         name = f"PCIe copy {copied // MIB} MiB"
         one_way = {"num_bytes": copied, "rate": "link_bytes", "rate_per_work": 1}
         found.append(_case(name, device, HOST_COPIES, float(copied), "byte", one_way))
-    return found
+    return found + _layer_cases(device, dtype, on_gpu=on_gpu)
 
 
 def _layer_cases(device: str, dtype: str, *, on_gpu: bool) -> list[Case]:

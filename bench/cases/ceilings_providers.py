@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from bench.model import Trial
 from kdflow_kernels import fused_kd_loss
@@ -48,6 +47,8 @@ def layer_operators(params: Params) -> Trial:
 
     As in a Llama layer of transformers, run eagerly, without the products between them.
     """
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
     tokens, heads, size = params["num_samples"] * params["length"], params["num_heads"], params["head_size"]
     hidden, residual = (_leaf(params, 1, tokens, params["hidden_size"]) for _ in range(2))
     query, key, attended = (_leaf(params, 1, n, tokens, size) for n in (heads, params["num_kv_heads"], heads))

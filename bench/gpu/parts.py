@@ -208,14 +208,14 @@ def parts(*, rehearse: bool) -> list[Part]:
 
     The seconds are by the one run on an H100 so far: versions 17, build 19, and at most 160 for six cases of the
     loss. Of those 27 were steps, by their medians; the rest was starting 28 processes and compiling. Now the cases
-    with goals and the sweep share eight processes. Estimates: cases with goals 90, sweep 50, cross-entropy 25, kernels
-    and filter 35. Not measured yet: tests, ring and e2e.
+    with goals and the sweep share eight processes. Estimates: ceilings 40, cases with goals 90, sweep 50, cross-entropy
+    25, kernels and filter 35. Not measured yet: tests, ring and e2e.
     """
     quick = ("--quick",) if rehearse else ()
     return [
         Part("versions", 20, versions),
-        Part("build", 20, build),
-        Part("ceilings", 25, suite("ceilings", "--budget-s", "4", *quick)),
+        Part("build", 60, build),  # without it half of the rest has nothing to do
+        Part("ceilings", 40, suite("ceilings", "--budget-s", "4", *quick)),
         Part("loss", 200, suite("loss", *(REHEARSED_LOSS if rehearse else ("--budget-s", "4", "--reps", "7")))),
         Part("tests", 110, tests),
         Part("ring", 50, suite("ring", "--budget-s", "6", *(REHEARSED_RING if rehearse else ()))),

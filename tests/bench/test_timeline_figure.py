@@ -12,7 +12,7 @@ from bench import cli
 from bench.environment import environment
 from bench.model import Row
 from bench.output import write_results
-from bench.plots import _sweeps, sweeps
+from bench.plots import _sweeps, png, sweeps
 from bench.timeline import _window, draw, read_tracks
 from kdflow.tracing.timeline import Span, write_timeline
 
@@ -96,3 +96,7 @@ def test_three_points_are_a_sweep_with_three_panels() -> None:
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["median time", "peak memory, MiB", "percent of the floor"]
     assert figure.axes[2].get_ylim()[0] == 0  # a share is shown from nothing on
+    # Everybody else has failed.
+    ((_, figure),) = sweeps([replace(row, peak_mib=1.0) for row in rows if row.role == "floor"])
+    png(figure)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["median time"]

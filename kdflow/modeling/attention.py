@@ -24,9 +24,10 @@ from kdflow.modeling.placement import to_device
 PACKED_ATTENTION = "kdflow_packed"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PackedLengths:
-    """Of queries and keys of each sample. An object, as torch.compile would compile a layer anew for each other tuple.
+    """Of queries and keys of each sample. An object, as torch.compile would compile a layer anew for each other tuple;
+    not a frozen one, whose fields torch 2.11 looks at when it is passed on.
 
     Attributes:
         queries, keys: alike where no microbatch is cut; host integers, so no device wait.

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,3 +65,12 @@ class Spawned:
 def say(line: str) -> None:
     """For the function in the process: print a line that Spawned.line() reads."""
     print(line, flush=True)
+
+
+def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+    """Polls until the condition is true, and returns what it then is."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.0005)
+    return found

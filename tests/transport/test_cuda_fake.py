@@ -10,8 +10,6 @@ import gc
 import os
 import time
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,17 +31,9 @@ from support.fake_cuda import (
     received,
     ring_pair,
 )
-from support.processes import Spawned
+from support.processes import Spawned, until
 
 ILLEGAL_ADDRESS, NOT_READY = 700, 600
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 20
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.0005)
-    return found
 
 
 # --- is there a device, and which ring ---

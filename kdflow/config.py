@@ -62,7 +62,7 @@ class LoraConfig:
         alpha: Adapters count alpha / rank times.
         dropout: Of what goes into them.
         target_modules: Names of the layers that get one; none is every linear layer but the head.
-        quantization: Of the frozen base: nf4 (QLoRA) needs a GPU, bitsandbytes and a single rank; none keeps it in
+        quantization: Of the frozen base: nf4 (QLoRA) needs bitsandbytes and a single rank; none keeps it in
             compute_dtype.
     """
 

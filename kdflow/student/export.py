@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -19,9 +20,17 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kdflow.config import StudentConfig
 from kdflow.errors import CheckpointError
-from kdflow.modeling import load_model_config, load_tokenizer
+from kdflow.modeling import load_causal_lm, load_model_config, load_tokenizer
 from kdflow.student.fsdp2 import FSDP2Student
-from kdflow.student.lora import has_lora, lora_scaling, merge_lora, save_adapter
+from kdflow.student.lora import (
+    check_quantization,
+    dequantized_weights,
+    has_lora,
+    lora_scaling,
+    merge_lora,
+    quantization_options,
+    save_adapter,
+)
 
 # Of a weight in a checkpoint: the part of the state, then the model's place in the student's module.
 _PREFIX = "model.model."
@@ -36,11 +45,15 @@ def export_model(student: FSDP2Student, tokenizer: Any, folder: Path) -> None:
     weights = get_model_state_dict(student.model, options=options)
     if dist.get_rank() == 0:
         tensors = {n: w for n, w in weights.items() if isinstance(w, torch.Tensor)}
+        tensors |= dequantized_weights(student.model)
         if has_lora(student.model):
             save_adapter(student.model, tensors, folder / "adapter")
             tensors = merge_lora(tensors, lora_scaling(student.model))
         tensors = {n: w.to(torch.bfloat16) for n, w in tensors.items()}
-        _write(student.model.config, student.model.generation_config, tensors, tokenizer, folder)
+        config = copy.deepcopy(student.model.config)
+        if hasattr(config, "quantization_config"):  # what is written is whole
+            del config.quantization_config
+        _write(config, student.model.generation_config, tensors, tokenizer, folder)
     dist.barrier()
 
 
@@ -54,7 +67,7 @@ def export_checkpoint(checkpoint: Path, student: StudentConfig, folder: Path) ->
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or `folder` holds something.
-        ConfigError: no such model.
+        ConfigError: no such model, or no bitsandbytes for one with a 4-bit base.
     """
     if folder.exists() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} is not empty: choose another --output, or remove it")
@@ -67,12 +80,25 @@ def export_checkpoint(checkpoint: Path, student: StudentConfig, folder: Path) ->
     aside = folder.with_name(f"writing-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     weights = read_weights(checkpoint, torch.float32 if lora.rank else torch.bfloat16)
+    if lora.quantization != "none":
+        weights |= _quantized_base(student, weights)
     if lora.rank:
         weights = {n: w.to(torch.bfloat16) for n, w in merge_lora(weights, lora.alpha / lora.rank).items()}
     _write(config, generation, weights, tokenizer, aside)
     if folder.exists():
         folder.rmdir()
     aside.rename(folder)
+
+
+def _quantized_base(student: StudentConfig, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The 4-bit weights that a checkpoint has none of, in float32; where `weights` have an adapter, as its base."""
+    device = torch.device("cpu")
+    check_quantization(student, device, num_ranks=1)
+    options = quantization_options(student, device, torch.bfloat16)
+    base = dequantized_weights(load_causal_lm(student.model, torch.float32, **options))
+    layers = ((name.removesuffix(".weight"), weight) for name, weight in base.items())
+    adapted = {name.partition(".lora_")[0] for name in weights if ".lora_" in name}
+    return {f"{name}.base_layer.weight" if name in adapted else f"{name}.weight": weight for name, weight in layers}
 
 
 def read_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:

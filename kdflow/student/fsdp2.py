@@ -27,7 +27,14 @@ from kdflow.modeling import (
     resolve_dtype,
 )
 from kdflow.student.context_parallel import ContextParallel, StudentInput
-from kdflow.student.lora import add_lora, check_quantization, quantization_options, without_adapters, without_weights
+from kdflow.student.lora import (
+    add_lora,
+    check_quantization,
+    quantization_options,
+    settle_quantized,
+    without_adapters,
+    without_weights,
+)
 from kdflow.student.mixed_precision import LowPrecisionCopies
 from kdflow.student.optimizer import adamw, lr_factor
 from kdflow.student.router import router_loss, router_weight
@@ -288,6 +295,7 @@ def _load(config: StudentConfig, device: torch.device, compute_dtype: torch.dtyp
     model = load_causal_lm(config.model, torch.float32, **options)
     if config.lora.rank:
         add_lora(model, config, compute_dtype)
+        settle_quantized(model)
     return model
 
 

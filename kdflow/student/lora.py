@@ -44,7 +44,9 @@ def add_lora(model: Any, config: StudentConfig, base_dtype: torch.dtype) -> None
     if hasattr(model.get_output_embeddings(), "base_layer"):
         raise ConfigError("student.lora.target_modules: the head cannot have an adapter; leave lm_head out")
     for weight in model.parameters():
-        if not weight.requires_grad and weight.is_floating_point():
+        if weight.requires_grad:
+            weight.data = weight.data.float()  # on a 4-bit base peft makes them in the dtype that this computes in
+        elif weight.is_floating_point():
             weight.data = weight.data.to(base_dtype)
 
 
@@ -56,8 +58,11 @@ def check_quantization(config: StudentConfig, device: torch.device, num_ranks: i
         what
         for what, there in (
             ("student.lora.rank of at least 1", config.lora.rank > 0),
-            ("a GPU", device.type == "cuda"),
-            ("the package bitsandbytes", importlib.util.find_spec("bitsandbytes") is not None),
+            ("a CPU or a GPU of Nvidia's", device.type in ("cpu", "cuda")),
+            (
+                "the package bitsandbytes (pip install 'kdflow[qlora]')",
+                importlib.util.find_spec("bitsandbytes") is not None,
+            ),
             ("a single rank", num_ranks == 1),
         )
         if not there
@@ -79,6 +84,45 @@ def quantization_options(config: StudentConfig, device: torch.device, compute_dt
         load_in_4bit=True, bnb_4bit_quant_type=config.lora.quantization, bnb_4bit_compute_dtype=compute_dtype
     )
     return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def _quantized_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    if getattr(model.config, "quantization_config", None) is None:
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            yield name, module
+
+
+def settle_quantized(model: Any) -> None:
+    """4-bit weights stay as they are: out of state dicts, since they are made anew from the model at each start, and in
+    the layout that training reads.
+    """
+
+    def drop(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in [name for name in state if name.startswith(f"{prefix}weight")]:
+            del state[name]
+
+    def put_back(module: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state[f"{prefix}weight"] = module.weight.data
+
+    for _, layer in _quantized_layers(model):
+        layer.support_avx512bf16_for_cpu = False  # else its first forward in eval mode lays the weight out anew
+        layer.register_state_dict_post_hook(drop)
+        layer.register_load_state_dict_pre_hook(put_back)
+
+
+def dequantized_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The 4-bit weights of a model as they compute, whole and in float32, by the names of its state dict."""
+    return {f"{name}.weight": _dequantized(layer.weight) for name, layer in _quantized_layers(model)}
+
+
+def _dequantized(weight: Any) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state).float().cpu()
 
 
 def has_lora(model: Any) -> bool:

@@ -89,7 +89,7 @@ def quantization_options(config: StudentConfig, device: torch.device, compute_dt
 def _quantized_layers(model: Any) -> Iterator[tuple[str, Any]]:
     if getattr(model.config, "quantization_config", None) is None:
         return
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit  # pyright: ignore[reportPrivateImportUsage]
 
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from bench.cases.loss_case import ITEM_BYTES
 from bench.environment import has_native_bf16
 from bench.model import Case, Provider
 from kdflow.plan import work
@@ -33,7 +34,6 @@ MIB = 2**20
 REPEATS = 10  # in a step: a single copy is hardly longer than its launch
 THIN_HIDDEN = 16
 VOCAB = 49152
-ITEM_BYTES = {"bf16": 2, "fp32": 4}
 
 
 def cases(*, device: str, quick: bool) -> list[Case]:
@@ -72,8 +72,6 @@ def cases(*, device: str, quick: bool) -> list[Case]:
 def _layer_cases(device: str, dtype: str, *, on_gpu: bool) -> list[Case]:
     """What a layer does besides its products with weights, for samples as long as is usual where it runs."""
     samples, length, hidden, heads, head_size = (4, 4096, 4096, 32, 128) if on_gpu else (4, 256, 1024, 16, 64)
-    sizes = {"hidden_size": hidden, "num_heads": heads, "num_kv_heads": heads // 4, "head_size": head_size}
-    sizes["intermediate_size"] = 4 * hidden
     config = LlamaConfig(
         vocab_size=8,
         num_hidden_layers=1,
@@ -84,6 +82,8 @@ def _layer_cases(device: str, dtype: str, *, on_gpu: bool) -> list[Case]:
         intermediate_size=4 * hidden,
     )
     layer = shape_of(config, "one layer")
+    names = ("hidden_size", "num_heads", "num_kv_heads", "head_size", "intermediate_size")
+    sizes = {name: getattr(layer, name) for name in names}
     params = {"num_samples": samples, "length": length, **sizes, "dtype": dtype, "rate_per_work": 1}
     # Backward is two and a half times attention's forward, and twice that of the rest: see kdflow/plan/work.py.
     flops = 3.5 * work.attention_flops(layer, [length] * samples)

@@ -23,6 +23,7 @@ from kdflow.errors import CheckpointError
 from kdflow.modeling import load_causal_lm, load_model_config, load_tokenizer
 from kdflow.student.fsdp2 import FSDP2Student
 from kdflow.student.lora import (
+    add_lora,
     check_quantization,
     dequantized_weights,
     has_lora,
@@ -81,7 +82,7 @@ def export_checkpoint(checkpoint: Path, student: StudentConfig, folder: Path) ->
     shutil.rmtree(aside, ignore_errors=True)
     weights = read_weights(checkpoint, torch.float32 if lora.rank else torch.bfloat16)
     if lora.quantization != "none":
-        weights |= _quantized_base(student, weights)
+        weights |= _quantized_base(student)
     if lora.rank:
         weights = {n: w.to(torch.bfloat16) for n, w in merge_lora(weights, lora.alpha / lora.rank).items()}
     _write(config, generation, weights, tokenizer, aside)
@@ -90,15 +91,14 @@ def export_checkpoint(checkpoint: Path, student: StudentConfig, folder: Path) ->
     aside.rename(folder)
 
 
-def _quantized_base(student: StudentConfig, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The 4-bit weights that a checkpoint has none of, in float32; where `weights` have an adapter, as its base."""
+def _quantized_base(student: StudentConfig) -> dict[str, torch.Tensor]:
+    """The 4-bit weights that a checkpoint has none of, in float32."""
     device = torch.device("cpu")
     check_quantization(student, device, num_ranks=1)
     options = quantization_options(student, device, torch.bfloat16)
-    base = dequantized_weights(load_causal_lm(student.model, torch.float32, **options))
-    layers = ((name.removesuffix(".weight"), weight) for name, weight in base.items())
-    adapted = {name.partition(".lora_")[0] for name in weights if ".lora_" in name}
-    return {f"{name}.base_layer.weight" if name in adapted else f"{name}.weight": weight for name, weight in layers}
+    model = load_causal_lm(student.model, torch.float32, **options)
+    add_lora(model, student, torch.float32)  # for the names: adapted layers have their base below them
+    return dequantized_weights(model)
 
 
 def read_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -30,8 +30,8 @@ from kdflow.student.context_parallel import ContextParallel, StudentInput
 from kdflow.student.lora import (
     add_lora,
     check_quantization,
+    prepare_quantized,
     quantization_options,
-    settle_quantized,
     without_adapters,
     without_weights,
 )
@@ -295,7 +295,7 @@ def _load(config: StudentConfig, device: torch.device, compute_dtype: torch.dtyp
     model = load_causal_lm(config.model, torch.float32, **options)
     if config.lora.rank:
         add_lora(model, config, compute_dtype)
-        settle_quantized(model)
+        prepare_quantized(model)
     return model
 
 

@@ -96,7 +96,7 @@ def _quantized_layers(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def settle_quantized(model: Any) -> None:
+def prepare_quantized(model: Any) -> None:
     """4-bit weights stay as they are: out of state dicts, since they are made anew from the model at each start, and in
     the layout that training reads.
     """

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -135,7 +134,7 @@ class GpuSampler(Sampler):
     """Samples a GPU's memory in use, all processes together; what was in use before is not counted.
 
     That is what allocators hold, CUDA contexts included, not only what tensors fill: the amount
-    that a machine must have. ``index`` is as ``nvidia-smi`` counts.
+    that a machine must have. ``index`` is as torch counts; this process gets a context there.
     """
 
     def __init__(self, index: int):
@@ -144,5 +143,7 @@ class GpuSampler(Sampler):
 
 
 def gpu_used_mib(index: int) -> float:
-    command = ["nvidia-smi", f"--id={index}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return float(subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout)
+    import torch
+
+    free, total = torch.cuda.mem_get_info(index)
+    return (total - free) / MIB

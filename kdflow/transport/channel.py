@@ -290,7 +290,10 @@ class HiddenStatesServer:
                 whose = {"rank": request.rank, "ticket": request.ticket}
                 ring = self._hidden[request.rank]
                 trace.phase("wait for slot", **whose)
-                slot = ring.reserve(request.ticket, timeout_s=self._timeout_s)
+                try:
+                    slot = ring.reserve(request.ticket, timeout_s=self._timeout_s)
+                except PeerDied:  # whoever asked has left; whether others are there, the next lease knows
+                    continue
             with slot:
                 trace.phase("prefill", tokens=request.microbatch.num_tokens, **whose)
                 rows = slot.tensor((request.microbatch.num_loss_tokens, hidden_size), dtype)

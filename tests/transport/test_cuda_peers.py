@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from kdflow.errors import PeerDied, TransportError
-from kdflow.transport import CudaRing
+from kdflow.transport import CudaRing, HiddenStatesServer, RequestRing, request_bytes
+from kdflow.transport.channel import PrefillRequest
+from kdflow.types import Microbatch
 from support.fake_cuda import NUMBERS, PLACEMENTS, FakeArray, FakeStream, live, on_fake_driver, received
 from support.processes import Spawned, say, until
 
@@ -174,3 +176,24 @@ def test_what_was_committed_right_before_the_end_arrives() -> None:
         assert Spawned(commit_and_end, made.handle).join() == 0
         for ticket in range(2):
             assert np.array_equal(received(consumer, ticket), NUMBERS + ticket)
+
+
+def never(microbatch: Microbatch, out: object) -> float:
+    raise AssertionError("nobody is left to read it")
+
+
+@on_fake_driver
+def test_a_teacher_that_is_asked_by_a_student_who_left_ends_as_if_it_had_not_been() -> None:
+    """Its error would be told in place of the one that the student ended with."""
+    import torch  # not by the children of the other tests
+
+    microbatch = Microbatch(np.arange(5, dtype=np.int32), (5,), np.arange(4, dtype=np.int32))
+    requests = RequestRing.create(name="requests", num_slots=2, slot_bytes=request_bytes(8))
+    with create("device") as made, CudaRing.attach(made.handle, role="producer") as producer:
+        server = HiddenStatesServer(RequestRing.attach(requests.handle, role="consumer"), {0: producer}, timeout_s=30)
+        student = CudaRing.attach(made.handle, role="consumer")
+        with RequestRing.attach(requests.handle, role="producer") as asks:
+            asks.send(PrefillRequest(0, 0, microbatch).encode())
+        with pytest.warns(ResourceWarning, match="a producer is still attached"):
+            student.close(grace_s=0)
+        assert server.serve(8, torch.float32, never) is False

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from kdflow import errors
 from kdflow.config import RunConfig, TeacherConfig, named
-from kdflow.errors import TransportError
+from kdflow.errors import KdflowError, TransportError
 from kdflow.launcher.prepare import Prepared, locked_output, open_output, prepare
 from kdflow.launcher.rank import RankSpec, Rings, run_rank
 from kdflow.launcher.teachers import TeacherProcess, check_teachers
@@ -143,11 +146,25 @@ def _run_ranks(spec: RankSpec) -> bool:
         start_method="spawn",
     )
     os.environ["OMP_NUM_THREADS"] = str(spec.num_threads)
+    for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they write the failure out before it is told
     try:
         return all(elastic_launch(launch, run_rank)(spec).values())
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise TransportError(f"student rank {rank} failed: {failure.message}") from error
+        raise _failure_of(rank, failure.message) from error
+
+
+def _failure_of(rank: int, told: Any) -> KdflowError:
+    """Of a rank, as torch elastic tells it: its exception and the traceback as texts, or how it was killed."""
+    who = f"student rank {rank}"
+    if not isinstance(told, dict):
+        return TransportError(f"{who} failed: {told}")
+    name, _, message = told["message"].partition(": ")
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, KdflowError):  # the message says it all
+        return kind(f"{who}: {message}")
+    return TransportError(f"{who} failed: {told['message']}\n{told['extraInfo']['py_callstack']}")
 
 
 @dataclass(frozen=True)

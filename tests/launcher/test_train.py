@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,15 @@ def test_two_ranks_and_two_teachers_match_one_of_each(run_config, tmp_path: Path
     for name, weight in weights.items():
         for other in others:
             torch.testing.assert_close(weight, other[name], atol=2e-2, rtol=2e-2)
+
+
+def test_an_option_that_ranks_refuse_is_told_in_a_line(run_config) -> None:
+    result = train(run_config(student__num_ranks=2, student__vocab_parallel=True))
+    assert result.returncode == 1
+    assert re.fullmatch(
+        r"kdflow train: error: student rank \d: student\.vocab_parallel: this student's head is tied .*\n",
+        result.stderr,
+    )
 
 
 def test_ctrl_c_saves_and_resume_goes_on(run_config, tmp_path: Path) -> None:

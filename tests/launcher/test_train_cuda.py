@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -40,7 +42,14 @@ def on_cpu(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, li
 
 
 def small_run(
-    tiny: Path, folder: Path, *, teacher: str, student: str, placement: str, schedule: str = "overlap"
+    tiny: Path,
+    folder: Path,
+    *,
+    teacher: str,
+    student: str,
+    placement: str,
+    schedule: str = "overlap",
+    more: Mapping[str, object] = MappingProxyType({}),
 ) -> dict[str, list[float]]:
     """Losses and evaluations of four steps in float32."""
     options = {
@@ -60,6 +69,7 @@ def small_run(
         "student.device": student,
         "transport.placement": placement,
         "transport.schedule": schedule,
+        **more,
     }
     config = load_config(None, [f"--{name}={value}" for name, value in options.items()])
     result = train(config)
@@ -89,6 +99,26 @@ def test_devices_and_rings_agree_with_the_cpu(
 
 def test_turns_agree_with_the_cpu(tiny: Path, tmp_path: Path, on_cpu: dict[str, list[float]]) -> None:
     found = small_run(tiny, tmp_path, teacher="cuda", student="cuda", placement="auto", schedule="colocate")
+    for name, values in on_cpu.items():
+        assert found[name] == pytest.approx(values, rel=1e-3), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation_checkpointing": "selective"},
+        {"cpu_offload": True, "activation_checkpointing": "full"},
+        {"replicate": 2},
+        {"context_parallel": 2},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_two_gpus_agree_with_the_cpu(
+    tiny: Path, tmp_path: Path, on_cpu: dict[str, list[float]], options: dict[str, object]
+) -> None:
+    more = {"student.num_ranks": 2, **{f"student.{name}": value for name, value in options.items()}}
+    found = small_run(tiny, tmp_path, teacher="cuda", student="cuda", placement="auto", more=more)
     for name, values in on_cpu.items():
         assert found[name] == pytest.approx(values, rel=1e-3), name
 

@@ -13,9 +13,9 @@ LENGTHS = (130, 1, 64, 257)
 
 def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
     """Query with four heads, key and value with two, and a gradient of the output."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     shapes = [(1, heads, sum(LENGTHS), 64) for heads in (4, 2, 2)] + [(1, sum(LENGTHS), 4, 64)]
-    return [torch.randn(shape, generator=generator, device="cuda").to(dtype) for shape in shapes]
+    return [torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes]
 
 
 def run(dtype: torch.dtype, sliding_window: int | None) -> list[torch.Tensor]:

@@ -293,6 +293,7 @@ class HiddenStatesServer:
                 try:
                     slot = ring.reserve(request.ticket, timeout_s=self._timeout_s)
                 except PeerDied:  # whoever asked has left; whether others are there, the next lease knows
+                    trace.phase()
                     continue
             with slot:
                 trace.phase("prefill", tokens=request.microbatch.num_tokens, **whose)

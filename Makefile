@@ -15,6 +15,7 @@ VENV ?= $(ROOT)/.venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell nproc)
+CPP_SOURCES := '*.hpp' '*.cpp' '*.cu'
 
 # Without a GPU the CPU build of torch is a tenth of the download. A pip that is configured with
 # indexes of its own is left to find it there.
@@ -60,13 +61,13 @@ lint: $(VENV)/.kdflow-dev ## ruff, pyright and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.hpp' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files $(CPP_SOURCES))
 
 format: $(VENV)/.kdflow-dev ## rewrite sources in the project's style
 	cd $(ROOT)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.hpp' 'csrc/*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files $(CPP_SOURCES))
 
 test-native: $(VENV)/.kdflow-base ## the C++ tests under ASan+UBSan and under TSan
 	cd $(ROOT)

@@ -11,15 +11,19 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
-from kdflow_kernels import fused_kd_loss, get_divergence, triton_backend
+from kdflow_kernels import cluster_rows, fused_kd_loss, get_divergence, triton_backend
 from kdflow_kernels.problem import GradientNeeds, Head, Problem
 
 RECORDS: list[dict] = []
 KEPT_SHARES = (0, 2, 4, 8)
+# Blocks of a cluster, of a multiprocessor, threads; None: as cluster_rows.layout has it. Not every GPU takes more than
+# 8 blocks in a cluster.
+CUTS = [None, (8, 2, 352), (8, 2, 256), (8, 1, 992), (4, 1, 960), (16, 2, 416), (16, 4, 256), (16, 5, 192)]
 
 
 def median_ms(step: Callable[[], object], *, repetitions: int = 7) -> float:
@@ -121,43 +125,75 @@ def problem(s: Shape, divergence: str, rows: int) -> Problem:
 
 
 def row_kernel(s: Shape, *, fp32: bool, divergence: str, layouts: list[tuple[int, int, int]], rows: int = 512) -> None:
-    """Every layout on `rows` rows, as GB/s of what must move: both logits read once, the gradient written once."""
+    """The Triton row kernel in every layout."""
     triton_backend.keep_logits_in_fp32(fp32)
-    item = 4 if fp32 else 2
-    chunk = slice(0, rows)
-    moved = rows * s.V * (2 * item + 2)
     for lanes, warps, programs in layouts:
         triton_backend.LANES, triton_backend.NUM_WARPS = lanes, warps
         triton_backend.PROGRAMS_PER_PROCESSOR = programs
         name = f"{divergence} {'fp32' if fp32 else 'bf16'} lanes {lanes} warps {warps} programs {programs}"
         name += f" kept 1/{triton_backend.KEPT_SHARE}" if triton_backend.KEPT_SHARE else " kept as it comes"
-        try:
-            run = triton_backend._Run(problem(s, divergence, rows), GradientNeeds(True, True, False))
-            terms = run._empty_terms()
-            run._allocate()
-            run.student_logits[:, : s.V].normal_(std=2)
-            run.teacher_logits[:, : s.V].normal_(std=2)
-            out = torch.empty((rows, run.padded), dtype=torch.bfloat16, device="cuda")
-            begun = time.perf_counter()
-            run._launch(chunk, run.student_logits, run.teacher_logits, out, terms)
-            torch.cuda.synchronize()
-            compile_s = time.perf_counter() - begun
-
-            def launches(r=run, o=out, t=terms) -> None:
-                for _ in range(8):  # so that the host's part of a launch is hidden
-                    r._launch(chunk, r.student_logits, r.teacher_logits, o, t)
-
-            ms = median_ms(launches) / 8
-            say("rows", name, ms, GBs=moved / ms / 1e6, compile_s=compile_s)
-            del run, out
-        except Exception as error:  # one layout that cannot run is one line of the table
-            print(f"rows     {name}: {type(error).__name__}: {str(error)[:150]}", flush=True)
+        time_rows(s, name, divergence, rows)
 
 
-def whole_loss(s: Shape, floor_ms: float, name: str, divergence: str = "forward_kl", **constants: object) -> None:
-    before = {key: getattr(triton_backend, key) for key in constants}
-    for key, value in constants.items():
+def cluster_kernel(s: Shape, *, divergence: str, cuts: list[tuple[int, int, int] | None], rows: int) -> None:
+    """The kernel for clusters: blocks of a cluster, blocks of a multiprocessor, threads; None: as it is laid out."""
+    before = cluster_rows.layout
+    for cut in cuts:
+        if cut is not None:
+            cluster_rows.layout = lambda columns, cut=cut: cluster_rows.cut(columns, *cut)
+        found = cluster_rows.layout(s.V)
+        if found is not None:
+            name = f"cluster {found.cluster} threads {found.threads} blocks {found.blocks_per_processor}"
+            with constants(CLUSTER_ROWS=True):
+                time_rows(s, f"{divergence} bf16 {name}", divergence, rows)
+        cluster_rows.layout = before
+
+
+def time_rows(s: Shape, name: str, divergence: str, rows: int) -> None:
+    """Whichever kernel it is, as GB/s of what must move: both logits read once, the gradient written once."""
+    chunk = slice(0, rows)
+    moved = rows * s.V * (2 * (4 if triton_backend._fp32_logits else 2) + 2)
+    try:
+        run = triton_backend._Run(problem(s, divergence, rows), GradientNeeds(True, True, False))
+        terms = run._empty_terms()
+        run._allocate()
+        run.student_logits[:, : s.V].normal_(std=2)
+        run.teacher_logits[:, : s.V].normal_(std=2)
+        out = torch.empty((rows, run.padded), dtype=torch.bfloat16, device="cuda")
+        begun = time.perf_counter()
+        run._launch(chunk, run.student_logits, run.teacher_logits, out, terms)
+        torch.cuda.synchronize()
+        compile_s = time.perf_counter() - begun
+
+        def launches() -> None:
+            for _ in range(8):  # so that the host's part of a launch is hidden
+                run._launch(chunk, run.student_logits, run.teacher_logits, out, terms)
+
+        ms = median_ms(launches) / 8
+        say("rows", name, ms, GBs=moved / ms / 1e6, compile_s=compile_s)
+    except Exception as error:  # one layout that cannot run is one line of the table
+        print(f"rows     {name}: {type(error).__name__}: {str(error)[:150]}", flush=True)
+
+
+@contextmanager
+def constants(**values: object) -> Iterator[None]:
+    """Of triton_backend, for a while."""
+    before = {key: getattr(triton_backend, key) for key in values}
+    for key, value in values.items():
         setattr(triton_backend, key, value)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(triton_backend, key, value)
+
+
+def whole_loss(s: Shape, floor_ms: float, name: str, divergence: str = "forward_kl", **changed: object) -> None:
+    with constants(**changed):
+        _whole_loss(s, floor_ms, name, divergence)
+
+
+def _whole_loss(s: Shape, floor_ms: float, name: str, divergence: str) -> None:
     h, w = s.h.clone().requires_grad_(), s.w.clone().requires_grad_()
 
     def step() -> None:
@@ -179,9 +215,6 @@ def whole_loss(s: Shape, floor_ms: float, name: str, divergence: str = "forward_
         say("loss", f"{name} {divergence}", ms, in_a_row=in_a_row, floor_percent=100 * floor_ms / ms, peak_mib=peak)
     except Exception as error:
         print(f"loss     {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-    finally:
-        for key, value in before.items():
-            setattr(triton_backend, key, value)
 
 
 def main() -> int:
@@ -195,19 +228,19 @@ def main() -> int:
         return 2
     s = Shape(given.shape)
     floor_ms = gemms(s)
-    names = ("LANES", "NUM_WARPS", "PROGRAMS_PER_PROCESSOR", "KEPT_SHARE")
-    constants = {name: getattr(triton_backend, name) for name in names}
-    if given.layouts:
-        layouts = [(512, 8, 4), (512, 8, 2), (256, 8, 4), (256, 8, 8), (512, 16, 2), (1024, 16, 1), (1024, 32, 1)]
-        for fp32, divergence in itertools.product((False, True), ("forward_kl", "jsd")):
-            row_kernel(s, fp32=fp32, divergence=divergence, layouts=layouts)
-    layout = [(constants["LANES"], constants["NUM_WARPS"], constants["PROGRAMS_PER_PROCESSOR"])]
-    for divergence, kept_share in itertools.product(("forward_kl", "jsd"), KEPT_SHARES):
-        triton_backend.KEPT_SHARE = kept_share
-        row_kernel(s, fp32=False, divergence=divergence, layouts=layout, rows=triton_backend.CHUNK_ROWS)
-    triton_backend.keep_logits_in_fp32(False)
-    for key, value in constants.items():
-        setattr(triton_backend, key, value)
+    layout = (triton_backend.LANES, triton_backend.NUM_WARPS, triton_backend.PROGRAMS_PER_PROCESSOR)
+    names = ("LANES", "NUM_WARPS", "PROGRAMS_PER_PROCESSOR", "KEPT_SHARE", "_fp32_logits")
+    with constants(**{name: getattr(triton_backend, name) for name in names}):
+        if given.layouts:
+            layouts = [(512, 8, 4), (512, 8, 2), (256, 8, 4), (256, 8, 8), (512, 16, 2), (1024, 16, 1), (1024, 32, 1)]
+            for fp32, divergence in itertools.product((False, True), ("forward_kl", "jsd")):
+                row_kernel(s, fp32=fp32, divergence=divergence, layouts=layouts)
+        for divergence, kept_share in itertools.product(("forward_kl", "jsd"), KEPT_SHARES):
+            triton_backend.KEPT_SHARE = kept_share
+            row_kernel(s, fp32=False, divergence=divergence, layouts=[layout], rows=triton_backend.CHUNK_ROWS)
+    for divergence in ("forward_kl", "jsd", "reverse_kl"):
+        cluster_kernel(s, divergence=divergence, cuts=CUTS, rows=triton_backend.CHUNK_ROWS)
+        whole_loss(s, floor_ms, "rows in clusters", divergence, CLUSTER_ROWS=True)
     whole_loss(s, floor_ms, "as it comes")
     whole_loss(s, floor_ms, "as it comes", "jsd")
     whole_loss(s, floor_ms, "as it comes", "reverse_kl")

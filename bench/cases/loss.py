@@ -15,6 +15,7 @@ from dataclasses import replace
 from bench.cases.loss_case import (
     CCE_EXACT,
     CE_PROVIDERS,
+    CLUSTERS,
     COMPILED,
     EAGER,
     KDFLOW,
@@ -123,11 +124,12 @@ def _gpu_cases(device: str) -> list[Case]:
     them takes about ten times as long as measuring.
     """
     first, wide = _shapes(device, quick=False)
+    in_clusters = (CLUSTERS,) if device.startswith("cuda") else ()
     found = [
-        kd_case(first, "bf16", "forward_kl", device, GPU_PROVIDERS),
-        kd_case(first, "bf16", "jsd", device, (*GPU_NEAR, ROW_CHUNKS, VOCAB_CHUNKS, LIGER)),
-        kd_case(wide, "bf16", "forward_kl", device, (*GPU_NEAR, COMPILED)),
-        kd_case(first, "bf16", "reverse_kl", device, GPU_NEAR),
+        kd_case(first, "bf16", "forward_kl", device, (*in_clusters, *GPU_PROVIDERS)),
+        kd_case(first, "bf16", "jsd", device, (*in_clusters, *GPU_NEAR, ROW_CHUNKS, VOCAB_CHUNKS, LIGER)),
+        kd_case(wide, "bf16", "forward_kl", device, (*in_clusters, *GPU_NEAR, COMPILED)),
+        kd_case(first, "bf16", "reverse_kl", device, (*in_clusters, *GPU_NEAR)),
     ]
     return [
         *(replace(case, worker_pool="loss") for case in found),

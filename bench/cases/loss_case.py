@@ -13,6 +13,7 @@ ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 MODULE = "bench.cases.loss_providers"
 KDFLOW = Provider("kdflow", f"{MODULE}:kdflow", "ours")
+CLUSTERS = Provider("kdflow, clusters", f"{MODULE}:kdflow_clusters", "ours")
 EAGER = Provider("eager", f"{MODULE}:eager")
 COMPILED = Provider("torch.compile", f"{MODULE}:compiled")
 LIGER = Provider("liger", f"{MODULE}:liger")

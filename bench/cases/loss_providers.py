@@ -121,6 +121,17 @@ def kdflow(params: Params) -> Trial:
     return loss_trial(Inputs.make(params), loss_of)
 
 
+def kdflow_clusters(params: Params) -> Trial:
+    """The same with rows in the shared memory of a cluster; the processes of providers are their own."""
+    from kdflow_kernels import cluster_rows, triton_backend
+
+    why = cluster_rows.unavailable(torch.device(params["device"]))
+    if why is not None:
+        raise RuntimeError(f"rows in clusters: {why}")
+    triton_backend.CLUSTER_ROWS = True
+    return kdflow(params)
+
+
 def full_logit_loss(
     student_input: torch.Tensor,
     student_weight: torch.Tensor,

@@ -1,14 +1,14 @@
 """csrc/src/rows/bindings.cpp. Addresses are of tensors' first elements, 0 for none; see rows.hpp."""
 
 class Divergence:
-    NONE: Divergence
-    FORWARD_KL: Divergence
-    REVERSE_KL: Divergence
+    None_: Divergence
+    ForwardKL: Divergence
+    ReverseKL: Divergence
     JSD: Divergence
-    SKEWED_FORWARD_KL: Divergence
-    SKEWED_REVERSE_KL: Divergence
+    SkewedForwardKL: Divergence
+    SkewedReverseKL: Divergence
     TVD: Divergence
-    JEFFREYS: Divergence
+    Jeffreys: Divergence
 
 class Options:
     def __init__(

@@ -18,6 +18,7 @@ from kdflow_kernels.registers import next_allowance
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bf16": 2, "fp32": 4}
+COLUMNS = 152_064  # of a wide row
 # What makes code of its own in the kernel, each alone; the first is the plain case.
 OPTIONS: dict[str, dict[str, bool | str]] = {
     "plain": {},
@@ -29,6 +30,14 @@ OPTIONS: dict[str, dict[str, bool | str]] = {
     "bias, scale, softcap": {f"{s}_{o}": True for s in ("STUDENT", "TEACHER") for o in ("BIAS", "SCALE", "SOFTCAP")},
     "no gradient": {"KD_GRADIENT": False},
 }
+# Of rows in the shared memory of a cluster.
+CLUSTER_OPTIONS: dict[str, dict[str, bool]] = {
+    "plain": {"HAS_LABELS": False, "OWN_CE": False, "FORM_GRADIENT": True},
+    "ce": {"HAS_LABELS": True, "OWN_CE": False, "FORM_GRADIENT": True},
+    "ce, tempered": {"HAS_LABELS": True, "OWN_CE": True, "FORM_GRADIENT": True},
+    "no gradient": {"HAS_LABELS": False, "OWN_CE": False, "FORM_GRADIENT": False},
+}
+CLUSTER_ARCHITECTURE = 90  # the first that has them
 # The stages of heads cut over ranks.
 PARTS: dict[str, dict[str, bool | str]] = {
     "parts, statistics": {"STAGE": "own", "HAS_LABELS": True, "KD_GRADIENT": False},
@@ -75,8 +84,7 @@ def compile_kernels(
     from kdflow_kernels.triton_backend import layout
 
     twin = get_divergence(divergence).jit()
-    columns = 152_064
-    launch = layout(DTYPES[dtype], columns, 132)
+    launch = layout(DTYPES[dtype], COLUMNS, 132)
     constants: dict[str, object] = {
         "LANES": launch.lanes,
         "WIDTH": launch.width,
@@ -95,7 +103,7 @@ def compile_kernels(
             constants |= {"POINTWISE": None, "GRADIENT_SUM": None}
     elif isinstance(twin, JITChoices):
         constants |= {"OF_CHOICES": twin.function, "TOP_K": twin.top_k, "NUM_CHOICES": 2 * twin.top_k}
-        constants |= {"CHOICES": power_of_two(twin.top_k), "STEPS": power_of_two(-(-columns // launch.block))}
+        constants |= {"CHOICES": power_of_two(twin.top_k), "STEPS": power_of_two(-(-COLUMNS // launch.block))}
         kernels["choices"] = choice_kernel
     else:
         raise ValueError(f"{divergence}: has no JIT form")
@@ -104,6 +112,20 @@ def compile_kernels(
         allowance = None if kernel is row_kernel else STATISTICS_REGISTERS
         found[name] = _compile(kernel, constants, dtype, architecture, launch.num_warps, allowance)
     return found
+
+
+def compile_cluster_rows(divergence: str, options: dict[str, bool], *, architecture: int) -> Resources | None:
+    """The same of rows in the shared memory of a cluster; None: not for this divergence. Needs NVRTC."""
+    from kdflow_kernels import cluster_rows
+    from kdflow_kernels.cpp_divergences import cpp_twin
+    from kdflow_kernels.divergences import get_divergence
+
+    twin, found = cpp_twin(get_divergence(divergence)), cluster_rows.layout(COLUMNS)
+    if twin is None or found is None:
+        return None
+    cubin = cluster_rows.compile_form(found, twin[0], options, architecture=architecture)
+    sass = _cuobjdump("--dump-sass", cubin)
+    return _resources(cubin, sass, found.shared_bytes)
 
 
 def _compile(
@@ -137,44 +159,46 @@ def _compile(
     if allowance is not None:
         options["maxnreg"] = allowance
     while True:
-        found = _resources(triton.compile(source, target=target, options=options))
+        compiled = triton.compile(source, target=target, options=options)
+        found = _resources(compiled.asm["cubin"], compiled.asm["sass"], compiled.metadata.shared)
         allowance = next_allowance(found.registers)
         if not found.spills or allowance is None:
             return found
         options["maxnreg"] = allowance
 
 
-def _resources(compiled) -> Resources:
-    sass = compiled.asm["sass"]
-    instructions = re.findall(r"\b(LDL|STL|LDG|STG)((?:\.[A-Z0-9]+)*)", sass)
+def _resources(cubin: bytes, sass: str, shared_bytes: int) -> Resources:
+    # LDGSTS copies from global to shared memory.
+    instructions = re.findall(r"\b(LDL|STL|LDGSTS|LDG|STG)((?:\.[A-Z0-9]+)*)", sass)
     spills = sum(name in ("LDL", "STL") for name, _ in instructions)
     accesses = Counter()
     for name, suffixes in instructions:
-        if name in ("LDG", "STG"):
+        if name not in ("LDL", "STL"):
             width = next((s for s in suffixes.split(".") if s in ("64", "128", "256")), "32")
             accesses[f"{name}.{width}"] += 1
-    return Resources(_registers(compiled), compiled.metadata.shared, spills, dict(accesses))
+    dump = _cuobjdump("--dump-resource-usage", cubin)
+    registers = re.search(r"REG:(\d+)", dump)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump: no register count in {dump!r}")
+    return Resources(int(registers[1]), shared_bytes, spills, dict(accesses))
 
 
-def _registers(compiled) -> int:
-    """From the resource dump of the machine code; a GPU's driver would say the same when it loads it."""
+def _cuobjdump(what: str, cubin: bytes) -> str:
+    """What a GPU's driver would say of machine code when it loads it."""
     import subprocess
     import tempfile
 
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    found = re.search(r"REG:(\d+)", dump)
-    if found is None:
-        raise RuntimeError(f"cuobjdump: no register count in {dump!r}")
-    return int(found[1])
+        command = [knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 def main(arguments: list[str] | None = None) -> int:
+    from kdflow_kernels import nvrtc
     from kdflow_kernels.divergences import get_divergence, list_divergences
 
     parser = argparse.ArgumentParser(prog="python -m kdflow_kernels.aot", description=(__doc__ or "").splitlines()[0])
@@ -193,6 +217,18 @@ def main(arguments: list[str] | None = None) -> int:
             for kernel, found in compile_kernels(name, flags, dtype=dtype, architecture=architecture).items():
                 spilled += found.spills > 0
                 print(f"sm_{architecture} {dtype} {name:20} {kernel:10} {option:21} {found}", flush=True)
+    without = nvrtc.unavailable()
+    if without is not None:
+        print(f"rows in clusters are left out: {without}", file=sys.stderr)
+        names = []
+    for architecture, name in itertools.product(given.arch[-1:] if given.quick else given.arch, names):
+        for option, flags in itertools.islice(CLUSTER_OPTIONS.items(), 1 if given.quick else None):
+            found = None
+            if architecture >= CLUSTER_ARCHITECTURE:
+                found = compile_cluster_rows(name, flags, architecture=architecture)
+            if found is not None:
+                spilled += found.spills > 0
+                print(f"sm_{architecture} bf16 {name:20} {'cluster':10} {option:21} {found}", flush=True)
     return 1 if spilled else 0
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kdflow_kernels import divergences, tiled_logits
+from kdflow_kernels import tiled_logits
+from kdflow_kernels.cpp_divergences import cpp_twin
 from kdflow_kernels.problem import Problem, RowTerms
 from kdflow_kernels.tiled_logits import Blocks
 
@@ -35,7 +36,8 @@ class NativeRows:
         self.row_scale = problem.row_scale.contiguous()
         self.labels = None if labels is None else labels.contiguous()
         self.blocks, self.terms = blocks, terms
-        kind, parameter = _twin(problem) or ("NONE", 0.0)
+        twin = None if problem.teacher is None else cpp_twin(problem.divergence)
+        kind, parameter = twin or ("None_", 0.0)
         self.options = _rows.Options(
             divergence=getattr(_rows.Divergence, kind),
             parameter=parameter,
@@ -60,7 +62,7 @@ class NativeRows:
             and problem.row_scale.device.type == "cpu"
             and problem.row_scale.dtype == torch.float32
             and all(tile.dtype in (torch.float32, torch.bfloat16) for tile in tiles)
-            and (problem.teacher is None or _twin(problem) is not None)
+            and (problem.teacher is None or cpp_twin(problem.divergence) is not None)
         )
 
     def run(self, group_start: int, chunk: slice) -> None:
@@ -108,26 +110,3 @@ def _logits(tiles: Iterator[Tensor], maxima: Tensor | None):
         ]
     places = torch.tensor(table, dtype=torch.int64)
     return places, _rows.Logits(bfloat16=bfloat16, tiles=places.data_ptr(), num_tiles=len(table))
-
-
-def _twin(problem: Problem) -> tuple[str, float] | None:
-    """The extension's name and parameter for the problem's divergence; None: it has none."""
-    if problem.teacher is None:
-        return None
-    match problem.divergence:
-        case divergences.ForwardKL() | divergences.JSD(beta=0.0):
-            return "FORWARD_KL", 0.0
-        case divergences.ReverseKL() | divergences.JSD(beta=1.0):
-            return "REVERSE_KL", 0.0
-        case divergences.JSD(beta=beta):
-            return "JSD", beta
-        case divergences.SkewedForwardKL(alpha=alpha):
-            return "SKEWED_FORWARD_KL", alpha
-        case divergences.SkewedReverseKL(alpha=alpha):
-            return "SKEWED_REVERSE_KL", alpha
-        case divergences.TVD():
-            return "TVD", 0.0
-        case divergences.Jeffreys():
-            return "JEFFREYS", 0.0
-        case _:
-            return None

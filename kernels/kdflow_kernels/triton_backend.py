@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdflow_kernels import cluster_rows
+from kdflow_kernels.cluster_rows import ClusterLauncher
 from kdflow_kernels.problem import LOWEST_LOGIT, GradientNeeds, Gradients, Problem, RowTerms
 from kdflow_kernels.products import FilteredProducts, multiply
 from kdflow_kernels.row_launch import Layout, RowLauncher, scale_
@@ -38,6 +40,8 @@ NUM_WARPS = 8
 PROGRAMS_PER_PROCESSOR = 4
 # Of the row kernel: 0 is what was measured. A model of the cache prefers 4; see docs/design/hopper_kernels.md.
 KEPT_SHARE = 0
+# Rows in the shared memory of a cluster where cluster_rows covers the problem. Not measured on a GPU yet.
+CLUSTER_ROWS = False
 # Up to here the weight's gradient is summed over groups in its own dtype: a handful of roundings, 1.6 times the error of
 # one at four groups. Beyond, in fp32.
 GROUPS_IN_LOW_PRECISION = 6
@@ -218,12 +222,22 @@ class _Run:
         self.active = None
         if self.filtering:
             self.active = torch.empty(self.columns, dtype=torch.int8, device=self.device)
+        self.launcher = self._launcher()
+
+    def _launcher(self) -> RowLauncher | ClusterLauncher:
+        problem, columns = self.problem, self.columns
+        if (
+            CLUSTER_ROWS
+            and cluster_rows.covers(problem, self.needs, num_columns=columns, logits_dtype=self.logits_dtype)
+            and cluster_rows.unavailable(self.device) is None
+        ):
+            return ClusterLauncher(problem, self.needs, num_columns=columns, row_scale=self.row_scale)
         launcher = RowLauncher if problem.vocab_parallel is None else VocabParallelLauncher
-        self.launcher = launcher(
-            with_own_labels(problem, self.columns),
+        return launcher(
+            with_own_labels(problem, columns),
             self.needs,
             layout=self.layout,
-            num_columns=self.columns,
+            num_columns=columns,
             chunk_rows=self.chunk_rows,
             row_scale=self.row_scale,
             teacher_ids=self.teacher_ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -11,12 +12,15 @@ from pathlib import Path
 import pytest
 from test_triton_backend import DIVERGENCES
 
-from kdflow_kernels.aot import ARCHITECTURES, DTYPES, OPTIONS, PARTS
+from kdflow_kernels import get_divergence
+from kdflow_kernels.aot import ARCHITECTURES, CLUSTER_OPTIONS, DTYPES, OPTIONS, PARTS
+from kdflow_kernels.cpp_divergences import cpp_twin
 from kdflow_kernels.registers import next_allowance
 
 pytest.importorskip("triton")
 LINE = re.compile(
-    r"sm_(\d+) (\w+) (\w+) +(row|parameters|choices) +(.+?) +(\d+) registers +(\d+) B shared +(\d+) spills +(.*)"
+    r"sm_(\d+) (\w+) (\w+) +(row|parameters|choices|cluster) +"
+    r"(.+?) +(\d+) registers +(\d+) B shared +(\d+) spills +(.*)"
 )
 
 
@@ -42,14 +46,19 @@ def test_every_form_compiles_and_spills_nothing(architecture: int, triton: Path 
     assert all(found), done.stdout
     assert {(m[2], m[3]) for m in found if m} == {(dtype, name) for dtype in DTYPES for name in DIVERGENCES}
     assert {m[5] for m in found if m} == {*OPTIONS, *PARTS}
+    in_clusters = {(m[3], m[5]) for m in found if m and m[4] == "cluster"}
+    covered = [name for name in DIVERGENCES if cpp_twin(get_divergence(name)) is not None]
+    assert len(covered) == 7
+    assert in_clusters == set(itertools.product(covered, CLUSTER_OPTIONS) if architecture >= 90 else ())
     for match in found:
         assert match is not None
         registers, spills, accesses = int(match[6]), int(match[8]), match[9]
         assert registers <= 255
         assert spills == 0
         # Paired reads the teacher's logits one by one, the student's at once.
-        assert "LDG.128" in accesses, match[0]
-        forms_gradient = match[4] == "row" and match[5] not in ("no gradient", "parts, statistics", "parts, sums")
+        assert ("LDGSTS.128" if match[4] == "cluster" else "LDG.128") in accesses, match[0]
+        without = ("no gradient", "parts, statistics", "parts, sums")
+        forms_gradient = match[4] in ("row", "cluster") and match[5] not in without
         assert ("STG.128" in accesses) == forms_gradient, match[0]
 
 

@@ -16,7 +16,7 @@ import torch
 from test_fused_kd_loss import make
 from torch.utils.cpp_extension import CUDA_HOME
 
-from kdflow_kernels import fused_kd_loss
+from kdflow_kernels import cluster_rows, fused_kd_loss, triton_backend
 
 # Two blocks of columns, the second one nearly empty; every option that makes code of its own.
 VOCAB = 4100
@@ -40,6 +40,11 @@ USES: dict[str, list[dict]] = {
         {"divergence": divergence, "vocabulary": vocabulary}
         for divergence in ("top1_ce", "hierarchical_ranking")
         for vocabulary in ("same", "padded", "paired")
+    ],
+    "cluster_rows": [
+        {"divergence": "forward_kl"},
+        {"divergence": "jsd", "ce_weight": 0.4, "temperature": 2.0},
+        {"divergence": "reverse_kl", "ce_weight": 0.4},
     ],
     "scale_kernel": [{"divergence": "forward_kl"}],
 }
@@ -65,6 +70,8 @@ def look_at(kernel: str, tool: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 @pytest.mark.parametrize("kernel", USES)
 def test_nothing_is_found(kernel: str, tool: str):
+    if kernel == "cluster_rows" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU has no clusters")
     done = look_at(kernel, tool)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "SUMMARY: 0 " in done.stdout, done.stdout[-3000:]
@@ -78,6 +85,9 @@ def test_a_store_out_of_bounds_is_found():
 
 
 def use(kernel: str) -> None:
+    if kernel == "cluster_rows":
+        triton_backend.CLUSTER_ROWS = True
+        cluster_rows.layout = lambda num_columns: cluster_rows.cut(num_columns, 4, 2, 128)
     for options in USES[kernel]:
         for dtype in (torch.bfloat16, torch.float32):
             case = make(num_rows=5, vocab=VOCAB, **options).cast(dtype).to("cuda")

@@ -13,6 +13,7 @@ from test_fused_kd_loss import FACTORS, covering_case, describe, make, pairwise
 from kdflow_kernels import (
     Divergence,
     HierarchicalRanking,
+    cluster_rows,
     fused_kd_loss,
     get_divergence,
     list_divergences,
@@ -238,10 +239,13 @@ def bf16_case(num_rows: int, vocab: int, hidden: int, teacher_hidden: int, **opt
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 class TestOnTheGPU:
-    @pytest.fixture(autouse=True)
-    def small_blocks(self, monkeypatch: pytest.MonkeyPatch):
-        """As users have them."""
+    @pytest.fixture(autouse=True, params=[False, True], ids=["row kernel", "clusters"])
+    def small_blocks(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+        """As users have them; those that are covered with rows in clusters, too."""
         monkeypatch.undo()
+        if request.param and cluster_rows.unavailable(torch.device("cuda", 0)) is not None:
+            pytest.skip("this GPU has no clusters")
+        monkeypatch.setattr(triton_backend, "CLUSTER_ROWS", request.param)
         torch.cuda.empty_cache()  # workers beside this one need it
 
     @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -253,6 +257,7 @@ class TestOnTheGPU:
     @pytest.mark.usefixtures("fp32_logits")
     def test_a_wide_vocabulary(self, divergence: str):
         check(bf16_case(600, 151_936, 512, 256, divergence=divergence), torch.bfloat16)
+        check(bf16_case(90, 262_144, 128, 128, divergence=divergence, ce_weight=0.3), torch.bfloat16)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_other_dtypes(self, dtype: torch.dtype):

@@ -97,14 +97,14 @@ PYBIND11_MODULE(_rows, module) {
   module.doc() = "The row step of the fused loss on CPUs; see kdflow_kernels.native_rows.";
 
   py::enum_<Divergence>(module, "Divergence")
-      .value("NONE", Divergence::kNone)
-      .value("FORWARD_KL", Divergence::kForwardKL)
-      .value("REVERSE_KL", Divergence::kReverseKL)
+      .value("None_", Divergence::kNone)
+      .value("ForwardKL", Divergence::kForwardKL)
+      .value("ReverseKL", Divergence::kReverseKL)
       .value("JSD", Divergence::kJSD)
-      .value("SKEWED_FORWARD_KL", Divergence::kSkewedForwardKL)
-      .value("SKEWED_REVERSE_KL", Divergence::kSkewedReverseKL)
+      .value("SkewedForwardKL", Divergence::kSkewedForwardKL)
+      .value("SkewedReverseKL", Divergence::kSkewedReverseKL)
       .value("TVD", Divergence::kTVD)
-      .value("JEFFREYS", Divergence::kJeffreys);
+      .value("Jeffreys", Divergence::kJeffreys);
 
   module.attr("MAX_TILE_COLUMNS") = kMaxTileColumns;
 

@@ -20,9 +20,11 @@ namespace {
 
 constexpr float kLowest = -1e30F;  // problem.LOWEST_LOGIT
 constexpr float kTiny = FLT_MIN;
+constexpr float kLogE = 1.0F;  // logarithms are natural
 
 // clang-format off: in this order
 #include "math.hpp"
+#define KDFLOW_INLINE inline
 #include "divergences.hpp"
 // clang-format on
 

@@ -1,8 +1,8 @@
 // CUDA devices for a CPU build of torch: tensors on cuda:N whose memory is the host's, whose operators are the CPU's.
 //
-// What the tests of a GPU's code need is here: memory that the fake driver of ../fake_cuda.cpp can copy and hand to other
-// processes, an operator that is given tensors of two devices refuses, and collectives. What is not: asynchrony. An
-// operator is over when it returns, and begins by waiting for the driver's default stream.
+// What the tests of a GPU's code need is here: memory that the fake driver of ../fake_cuda.cpp can copy and hand to
+// other processes, an operator that is given tensors of two devices refuses, and collectives. What is not: asynchrony.
+// An operator is over when it returns, and begins by waiting for the driver's default stream.
 //
 // It must be loaded before torch, for it answers in torch's place whether there is an accelerator.
 #include <ATen/ATen.h>
@@ -19,13 +19,13 @@
 #include <ATen/ops/view_cpu_dispatch.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <dlfcn.h>
-#include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/extension.h>
 
 #include <map>
 #include <mutex>
 #include <set>
 #include <string>
+#include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <vector>
 
 namespace fake {
@@ -324,7 +324,8 @@ class Nccl final : public c10d::Backend {
     return run([&](auto& to, auto& from) { return gloo_->_allgather_base(to, from, options); }, out, in);
   }
   WorkPtr allgather_into_tensor_coalesced(Tensors& out, Tensors& in, const c10d::AllgatherOptions& options) override {
-    return run([&](auto& to, auto& from) { return gloo_->allgather_into_tensor_coalesced(to, from, options); }, out, in);
+    return run([&](auto& to, auto& from) { return gloo_->allgather_into_tensor_coalesced(to, from, options); }, out,
+               in);
   }
   WorkPtr scatter(Tensors& out, std::vector<Tensors>& in, const c10d::ScatterOptions& options) override {
     return run([&](auto& to, auto& from) { return gloo_->scatter(to, from, options); }, out, in);
@@ -337,7 +338,8 @@ class Nccl final : public c10d::Backend {
   }
   WorkPtr reduce_scatter_tensor_coalesced(Tensors& out, Tensors& in,
                                           const c10d::ReduceScatterOptions& options) override {
-    return run([&](auto& to, auto& from) { return gloo_->reduce_scatter_tensor_coalesced(to, from, options); }, out, in);
+    return run([&](auto& to, auto& from) { return gloo_->reduce_scatter_tensor_coalesced(to, from, options); }, out,
+               in);
   }
   WorkPtr alltoall_base(at::Tensor& out, at::Tensor& in, std::vector<std::int64_t>& out_sizes,
                         std::vector<std::int64_t>& in_sizes, const c10d::AllToAllOptions& options) override {
@@ -396,9 +398,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("as_strided", [](const at::Tensor& self, Size size, Size stride, Offset offset) {
     return at::cpu::as_strided(self, size, stride, offset);
   });
-  m.impl("_reshape_alias", [](const at::Tensor& self, Size size, Size stride) {
-    return at::cpu::_reshape_alias(self, size, stride);
-  });
+  m.impl("_reshape_alias",
+         [](const at::Tensor& self, Size size, Size stride) { return at::cpu::_reshape_alias(self, size, stride); });
   m.impl("set_.source_Storage",
          [](at::Tensor& self, c10::Storage storage) -> at::Tensor& { return at::cpu::set_(self, storage); });
   m.impl("set_.source_Storage_storage_offset",
@@ -422,9 +423,8 @@ PYBIND11_MODULE(fake_device, m) {
   m.def("set_device", [](int device) { fake::Guard().setDevice(c10::Device(c10::DeviceType::CUDA, device)); });
   m.def("allocated", [](int device) { return fake::Allocator::get().allocated[device]; });
   m.def("peak", [](int device) { return fake::Allocator::get().peak[device]; });
-  m.def("reset_peak", [](int device) {
-    fake::Allocator::get().peak[device] = fake::Allocator::get().allocated[device];
-  });
+  m.def("reset_peak",
+        [](int device) { fake::Allocator::get().peak[device] = fake::Allocator::get().allocated[device]; });
   m.def("resize_storage", [](std::uintptr_t storage, std::size_t nbytes) {
     fake::resize_storage(*reinterpret_cast<c10::StorageImpl*>(storage), nbytes);
   });

@@ -140,7 +140,7 @@ def cluster_kernel(s: Shape, *, divergence: str, cuts: list[tuple[int, int, int]
     before = cluster_rows.layout
     for cut in cuts:
         if cut is not None:
-            cluster_rows.layout = lambda columns, cut=cut: cluster_rows.cut(columns, *cut)
+            cluster_rows.layout = lambda columns, *_, cut=cut: cluster_rows.cut(columns, *cut)
         found = cluster_rows.layout(s.V)
         if found is not None:
             name = f"cluster {found.cluster} threads {found.threads} blocks {found.blocks_per_processor}"

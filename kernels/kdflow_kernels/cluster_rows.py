@@ -21,7 +21,7 @@ from kdflow_kernels.problem import GradientNeeds, Problem, RowTerms
 
 SOURCE = Path(__file__).with_name("cuda") / "cluster_rows.cu"
 WIDTH = 8  # logits of a vector
-# Shared memory of a multiprocessor, and what each of its blocks gives away of it, on Hopper; larger ones have as much.
+# Shared memory of one of Hopper's multiprocessors, and what each block on it gives away.
 SHARED_BYTES = 228 * 1024
 RESERVED_BYTES = 1024
 # Every GPU that has clusters takes as many blocks in one.
@@ -43,13 +43,13 @@ class Layout:
         return 4 * self.slice + 64 * (self.threads // 32 + self.cluster)
 
 
-def layout(num_columns: int) -> Layout | None:
+def layout(num_columns: int, shared_bytes: int = SHARED_BYTES) -> Layout | None:
     """For rows of so many columns: the smallest cluster of which two blocks fit on a multiprocessor, so that one works while
     the other waits; else one; None: there is too little shared memory for the row."""
     for blocks_per_processor in (2, 1):
         for power in range(PORTABLE_CLUSTER.bit_length()):
             made = cut(num_columns, 2**power, blocks_per_processor)
-            if blocks_per_processor * (made.shared_bytes + RESERVED_BYTES) <= SHARED_BYTES:
+            if blocks_per_processor * (made.shared_bytes + RESERVED_BYTES) <= shared_bytes:
                 return made
     return None
 
@@ -78,7 +78,7 @@ class Parameters(ctypes.Structure):
 
 
 def covers(problem: Problem, needs: GradientNeeds, *, num_columns: int, logits_dtype: torch.dtype) -> bool:
-    """Whether the kernel takes this problem; it does not know the device, see unavailable."""
+    """Whether the kernel takes this problem, on a device that can (unavailable) and where a row has place (layout)."""
     student, teacher = problem.student, problem.teacher
     return (
         teacher is not None
@@ -89,7 +89,6 @@ def covers(problem: Problem, needs: GradientNeeds, *, num_columns: int, logits_d
         and problem.grad_filter_eps == 0.0
         and (problem.kd_weight != 0.0 or not needs)
         and cpp_twin(problem.divergence) is not None
-        and layout(num_columns) is not None
     )
 
 
@@ -103,12 +102,20 @@ def unavailable(device: torch.device) -> str | None:
     return nvrtc.unavailable()
 
 
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory of a multiprocessor; of Hopper's where there is none."""
+    if device.type != "cuda":
+        return SHARED_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
 class ClusterLauncher:
     """In RowLauncher's place: the same in all chunks of a problem."""
 
-    def __init__(self, problem: Problem, needs: GradientNeeds, *, num_columns: int, row_scale: Tensor) -> None:
-        found, twin = layout(num_columns), cpp_twin(problem.divergence)
-        assert found is not None
+    def __init__(
+        self, problem: Problem, needs: GradientNeeds, *, found: Layout, num_columns: int, row_scale: Tensor
+    ) -> None:
+        twin = cpp_twin(problem.divergence)
         assert twin is not None
         self.problem, self.num_columns, self.row_scale, self.layout = problem, num_columns, row_scale, found
         divergence, self.parameter = twin

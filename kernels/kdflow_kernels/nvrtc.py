@@ -10,9 +10,11 @@ from pathlib import Path
 
 # CUfunction_attribute, from cuda.h.
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # percent of the first-level cache that is to be shared memory
 NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
 
 
+@functools.cache
 def unavailable() -> str | None:
     """Why nothing can be compiled; None: it can."""
     try:
@@ -52,7 +54,8 @@ def compile_cubin(source: Path, defines: Mapping[str, object], *, architecture: 
 
 
 class Function:
-    """A kernel in the current context, that of torch's current device; it takes one structure by value.
+    """A kernel in the current context, that of torch's current device; it takes one structure by value, and all the shared
+    memory there is.
 
     driver: by default libcuda.
     """
@@ -72,6 +75,7 @@ class Function:
         self._call("cuModuleLoadData", ctypes.byref(module), cubin)
         self._call("cuModuleGetFunction", ctypes.byref(self._function), module, name.encode())
         self._call("cuFuncSetAttribute", self._function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+        self._call("cuFuncSetAttribute", self._function, PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
         if large_cluster:
             self._call("cuFuncSetAttribute", self._function, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
 

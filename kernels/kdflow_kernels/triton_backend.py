@@ -231,7 +231,9 @@ class _Run:
             and cluster_rows.covers(problem, self.needs, num_columns=columns, logits_dtype=self.logits_dtype)
             and cluster_rows.unavailable(self.device) is None
         ):
-            return ClusterLauncher(problem, self.needs, num_columns=columns, row_scale=self.row_scale)
+            found = cluster_rows.layout(columns, cluster_rows.shared_bytes(self.device))
+            if found is not None:
+                return ClusterLauncher(problem, self.needs, found=found, num_columns=columns, row_scale=self.row_scale)
         launcher = RowLauncher if problem.vocab_parallel is None else VocabParallelLauncher
         return launcher(
             with_own_labels(problem, columns),

@@ -18,8 +18,6 @@ from test_triton_backend import DIVERGENCES, JUMPING
 from kdflow_kernels import cluster_rows, fused_kd_loss, get_divergence, nvrtc, triton_backend
 from kdflow_kernels.cluster_rows import RESERVED_BYTES, SHARED_BYTES
 from kdflow_kernels.cpp_divergences import cpp_twin
-from kdflow_kernels.problem import GradientNeeds
-from kdflow_kernels.triton_backend import _Run
 from support import cluster_rows as host
 
 pytest.importorskip("triton")
@@ -52,7 +50,7 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> list[host.Form]:
 
 
 def cut_into(cluster: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_rows, "layout", lambda num_columns: cluster_rows.cut(num_columns, cluster, 2, threads))
+    monkeypatch.setattr(cluster_rows, "layout", lambda columns, _: cluster_rows.cut(columns, cluster, 2, threads))
 
 
 def check(case: kd_oracle.Case, *, factor: float = 1.5) -> None:
@@ -181,26 +179,19 @@ def test_layout_fits_a_multiprocessor(vocab: int):
     assert idle < 1.05 or vectors < 1024
 
 
-def test_rows_that_do_not_fit_are_the_row_kernels():
+def test_layout_of_smaller_multiprocessors():
+    """100 KB, as the architectures after Hopper have that are not for data centres."""
+    found = cluster_rows.layout(151_936, 100 * 1024)
+    assert found is not None
+    assert (found.cluster, found.blocks_per_processor) == (8, 1)
+    assert cluster_rows.layout(262_144, 100 * 1024) is None
+
+
+def test_rows_that_do_not_fit_are_the_row_kernels(forms: list[host.Form], monkeypatch: pytest.MonkeyPatch):
     assert cluster_rows.layout(500_000) is None
-    problem = triton_backend_problem(vocab=500_000)
-    assert not cluster_rows.covers(
-        problem, GradientNeeds(True, True, False), num_columns=500_000, logits_dtype=torch.bfloat16
-    )
-
-
-def triton_backend_problem(vocab: int):
-    """A problem as fused_kd_loss makes it, of one row."""
-    seen = []
-    run = _Run.run
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_Run, "run", lambda self: seen.append(self.problem) or run(self))
-        patched.setattr(triton_backend, "CLUSTER_ROWS", False)
-        hidden = torch.zeros(1, 1, device=DEVICE, dtype=torch.bfloat16)
-        weight = torch.zeros(vocab, 1, device=DEVICE, dtype=torch.bfloat16)
-        with torch.no_grad():
-            fused_kd_loss(hidden, weight, hidden, weight, backend="triton")
-    return seen[0]
+    monkeypatch.setattr(cluster_rows, "shared_bytes", lambda device: 2048)
+    check(make(vocab=1003))
+    assert forms == []
 
 
 def test_why_a_device_cannot(monkeypatch: pytest.MonkeyPatch):
@@ -268,7 +259,7 @@ def test_on_the_host_a_missing_wait_is_found(number: int, tmp_path: Path, monkey
     found = cluster_rows.cut(4003, 2, 2, 64)
     library = host.build(found, "JSD", tuple(PLAIN.items()), source=changed)
     monkeypatch.setattr(cluster_rows, "kernel", lambda *_: host.starter(found, library))
-    monkeypatch.setattr(cluster_rows, "layout", lambda num_columns: found)
+    monkeypatch.setattr(cluster_rows, "layout", lambda *_: found)
     case = make(vocab=4003, num_rows=3, divergence="jsd", labels="none").cast(torch.bfloat16)
     expected = fused_kd_loss(**case.tensors, **case.options, backend="torch").loss
     try:

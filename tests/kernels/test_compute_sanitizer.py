@@ -87,7 +87,7 @@ def test_a_store_out_of_bounds_is_found():
 def use(kernel: str) -> None:
     if kernel == "cluster_rows":
         triton_backend.CLUSTER_ROWS = True
-        cluster_rows.layout = lambda num_columns: cluster_rows.cut(num_columns, 4, 2, 128)
+        cluster_rows.layout = lambda columns, *_: cluster_rows.cut(columns, 4, 2, 128)
     for options in USES[kernel]:
         for dtype in (torch.bfloat16, torch.float32):
             case = make(num_rows=5, vocab=VOCAB, **options).cast(dtype).to("cuda")

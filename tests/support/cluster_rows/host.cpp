@@ -93,7 +93,7 @@ const char* run(int num_blocks, std::size_t shared_bytes) {
 }
 
 constexpr int kSuccess = 0, kInvalidValue = 1, kNotFound = 500, kLaunchFailed = 719;
-constexpr int kMostSharedBytes = 227 * 1024, kMaxDynamicSharedBytes = 8;  // CUfunction_attribute
+constexpr int kMostSharedBytes = 227 * 1024, kMaxDynamicSharedBytes = 8, kCarveout = 9;  // CUfunction_attribute
 
 int shared_limit = 48 * 1024;
 std::string wrong;
@@ -114,6 +114,7 @@ int cuModuleGetFunction(void** function, void*, const char* name) {
 }
 
 int cuFuncSetAttribute(void*, int attribute, int value) {
+  if (attribute == kCarveout) return value == 100 ? kSuccess : kInvalidValue;
   if (attribute != kMaxDynamicSharedBytes || value > kMostSharedBytes) return kInvalidValue;
   shared_limit = value;
   return kSuccess;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import kdflow
 import kdflow_kernels
 from kdflow.transport import HiddenRing
+from kdflow_kernels import cluster_rows
 
 
 def main() -> None:
@@ -20,6 +22,13 @@ def main() -> None:
         assert home.is_relative_to(folder), f"{module.__name__} is from {home}, not the wheel"
         assert (home / "py.typed").is_file()
     assert not list(folder.glob("bench")), "the wheel carries the benches"
+
+    # Compiled on the user's GPU, from what the wheel brings along.
+    source = cluster_rows.SOURCE
+    assert source.is_relative_to(folder)
+    beside = re.findall(r'#include "(d\w+.hpp)"', source.read_text())
+    assert beside == ["device.hpp", "divergences.hpp"]
+    assert all(source.with_name(name).is_file() for name in (source.name, *beside))
 
     torch.manual_seed(0)
     student, teacher = torch.nn.Linear(16, 50, bias=False), torch.nn.Linear(24, 50, bias=False)

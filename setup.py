@@ -19,6 +19,8 @@ class CMakeBuild(build_ext):
         library_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
+        # It names the cmake and ninja of an isolated build, which are gone in the next one.
+        (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             "cmake",
             "-S",

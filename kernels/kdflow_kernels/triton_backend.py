@@ -13,6 +13,7 @@ Shape suffixes: N rows, n rows of a group, c rows of a chunk, V columns of the s
 """
 
 import os
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from kdflow_kernels import cluster_rows
 from kdflow_kernels.cluster_rows import ClusterLauncher
-from kdflow_kernels.problem import LOWEST_LOGIT, GradientNeeds, Gradients, Problem, RowTerms
+from kdflow_kernels.problem import LOWEST_LOGIT, GradientNeeds, Gradients, Head, Problem, RowTerms
 from kdflow_kernels.products import FilteredProducts, multiply
 from kdflow_kernels.row_launch import Layout, RowLauncher, scale_
 from kdflow_kernels.vocab_parallel_launch import VocabParallelLauncher, with_own_labels
@@ -106,6 +107,7 @@ def plan_groups(num_rows: int, row_bytes: int) -> int:
 
 class _Run:
     def __init__(self, problem: Problem, needs: GradientNeeds) -> None:
+        problem = _without_strides(problem)
         self.problem, self.needs = problem, needs
         student, self.device = problem.student, problem.student.weight.device
         self.num_rows = student.input.shape[0]
@@ -281,6 +283,24 @@ class _Run:
 
         teacher, labels = self.problem.teacher, self.problem.labels
         return RowTerms(make(teacher), make(labels), torch.empty_like(self.row_scale), make(teacher), make(teacher))
+
+
+def _without_strides(problem: Problem) -> Problem:
+    """What the kernels read one number after another, as they read it: a caller's tensors may be views."""
+
+    def dense(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.contiguous()
+
+    def with_dense_bias(head: Head) -> Head:
+        return replace(head, bias=dense(head.bias))
+
+    return replace(
+        problem,
+        student=with_dense_bias(problem.student),
+        teacher=None if problem.teacher is None else with_dense_bias(problem.teacher),
+        labels=dense(problem.labels),
+        row_scale=problem.row_scale.contiguous(),
+    )
 
 
 def _logits_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -114,6 +114,31 @@ def test_rows_of_output_are_the_torch_backends(vocabulary: str):
         )
 
 
+@pytest.mark.parametrize("labels", ["all", "some ignored", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_inputs_may_be_views(labels: str, reduction: str):
+    """Every second number of memory that holds NaN, or labels out of range, between them."""
+
+    def spread(tensor: torch.Tensor) -> torch.Tensor:
+        other = 10**6 if tensor.dtype == torch.int64 else torch.nan
+        wide = torch.full((*tensor.shape, 2), other, dtype=tensor.dtype, device=tensor.device)
+        wide[..., 0] = tensor.detach()
+        return wide[..., 0].requires_grad_(tensor.requires_grad)
+
+    case = make(labels=labels, reduction=reduction, row_weight=True, student_bias=True, teacher_bias=True)
+    case = case.cast(torch.float32).to(DEVICE)
+    case.options["ce_weight"] = 0.0 if labels == "none" else 0.3
+    loss, gradients = ours(case, torch.float32, "triton")
+    views = Case({name: spread(tensor) for name, tensor in case.tensors.items()}, case.options)
+    assert not views.tensors["row_weight"].is_contiguous()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Case, "cast", lambda self, dtype: self)  # would make them dense
+        again, gradients_again = ours(views, torch.float32, "triton")
+    torch.testing.assert_close(again, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_again[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize("token", [0, 31, 128, 200, 256])
 def test_agreement_finds_the_top_token(token: int):
     vocab = 257

@@ -20,6 +20,7 @@ from kdflow_kernels import cluster_rows, fused_kd_loss, get_divergence, triton_b
 from kdflow_kernels.problem import GradientNeeds, Head, Problem
 
 RECORDS: list[dict] = []
+ROWS_PER_CLUSTER = (1, 2, 8, 32)
 KEPT_SHARES = (0, 2, 4, 8)
 # Blocks of a cluster, of a multiprocessor, threads; None: as cluster_rows.layout has it. Not every GPU takes more than
 # 8 blocks in a cluster.
@@ -137,7 +138,12 @@ def row_kernel(s: Shape, *, fp32: bool, divergence: str, layouts: list[tuple[int
 
 def cluster_kernel(s: Shape, *, divergence: str, cuts: list[tuple[int, int, int] | None], rows: int) -> None:
     """The kernel for clusters: blocks of a cluster, blocks of a multiprocessor, threads; None: as it is laid out."""
-    before = cluster_rows.layout
+    before, rows_before = cluster_rows.layout, cluster_rows.ROWS_PER_CLUSTER
+    for count in ROWS_PER_CLUSTER:
+        cluster_rows.ROWS_PER_CLUSTER = count
+        with constants(CLUSTER_ROWS=True):
+            time_rows(s, f"{divergence} bf16 clusters of {count} rows", divergence, rows)
+    cluster_rows.ROWS_PER_CLUSTER = rows_before
     for cut in cuts:
         if cut is not None:
             cluster_rows.layout = lambda columns, *_, cut=cut: cluster_rows.cut(columns, *cut)

@@ -21,11 +21,16 @@ from kdflow_kernels.problem import GradientNeeds, Problem, RowTerms
 
 SOURCE = Path(__file__).with_name("cuda") / "cluster_rows.cu"
 WIDTH = 8  # logits of a vector
+SLICE_MULTIPLE = 64  # logits of a line of the cache
 # Shared memory of one of Hopper's multiprocessors, and what each block on it gives away.
 SHARED_BYTES = 228 * 1024
 RESERVED_BYTES = 1024
 # Every GPU that has clusters takes as many blocks in one.
 PORTABLE_CLUSTER = 8
+
+
+# Rows that a cluster takes one after another, the next one on its way while the gradient of one is written.
+ROWS_PER_CLUSTER = 4
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Layout:
     @property
     def shared_bytes(self) -> int:
         """Both sides' slices, and where the warps' and the blocks' statistics meet; see cluster_rows.cu."""
-        return 4 * self.slice + 64 * (self.threads // 32 + self.cluster)
+        return 4 * self.slice + 64 * (self.threads // 32 + 2 * self.cluster)
 
 
 def layout(num_columns: int, shared_bytes: int = SHARED_BYTES) -> Layout | None:
@@ -57,9 +62,10 @@ def layout(num_columns: int, shared_bytes: int = SHARED_BYTES) -> Layout | None:
 def cut(num_columns: int, cluster: int, blocks_per_processor: int, threads: int | None = None) -> Layout:
     """Rows of so many columns over a cluster. threads: by default whole warps with the fewest turns that do nothing, of
     equals the most."""
-    columns = -(-num_columns // (cluster * WIDTH)) * WIDTH
+    columns = -(-num_columns // (cluster * SLICE_MULTIPLE)) * SLICE_MULTIPLE
     if threads is None:
-        counts = range(1024 // blocks_per_processor, 127, -32)  # 64 registers for each
+        most = 1024 // blocks_per_processor // 32 * 32  # 64 registers for each
+        counts = range(most, most // 2 - 1, -32)
         threads = min(counts, key=lambda count: -(-columns // WIDTH // count) * count)
     return Layout(cluster, threads, columns, blocks_per_processor)
 
@@ -72,7 +78,7 @@ class Parameters(ctypes.Structure):
         *((f"{name}_stride", ctypes.c_longlong) for name in ("student", "teacher", "gradient")),
         *((name, ctypes.c_void_p) for name in ("labels", "row_scale", "kd", "ce")),
         *((name, ctypes.c_void_p) for name in ("student_entropy", "teacher_entropy", "agreement")),
-        *((name, ctypes.c_int) for name in ("num_columns", "slice")),
+        *((name, ctypes.c_int) for name in ("num_rows", "rows_per_cluster", "num_columns")),
         *((name, ctypes.c_float) for name in ("inverse_temperature", "kd_weight", "ce_weight", "parameter")),
     )
 
@@ -131,11 +137,12 @@ class ClusterLauncher:
     ) -> None:
         """See RowLauncher.launch."""
         assert teacher_logits is not None
-        problem = self.problem
+        assert terms.kd is not None
+        problem, kd, num_rows = self.problem, terms.kd[chunk], chunk.stop - chunk.start
+        of_blocks = kd.new_empty(num_rows, self.layout.cluster)
         rows = {
             "labels": problem.labels,
             "row_scale": self.row_scale,
-            "kd": terms.kd,
             "ce": terms.ce,
             "student_entropy": terms.student_entropy,
             "teacher_entropy": terms.teacher_entropy,
@@ -148,15 +155,18 @@ class ClusterLauncher:
             student_stride=student_logits.stride(0),
             teacher_stride=teacher_logits.stride(0),
             gradient_stride=gradient.stride(0),
+            kd=of_blocks.data_ptr(),
+            num_rows=num_rows,
+            rows_per_cluster=ROWS_PER_CLUSTER,
             num_columns=self.num_columns,
-            slice=self.layout.slice,
             inverse_temperature=1.0 / problem.temperature,
             kd_weight=problem.kd_weight,
             ce_weight=problem.ce_weight,
             parameter=self.parameter,
             **{name: 0 if values is None else values[chunk].data_ptr() for name, values in rows.items()},
         )
-        self.kernel((chunk.stop - chunk.start) * self.layout.cluster, parameters)
+        self.kernel(-(-num_rows // ROWS_PER_CLUSTER) * self.layout.cluster, parameters)
+        torch.sum(of_blocks, 1, out=kd)
 
 
 def compile_form(found: Layout, divergence: str, options: Mapping[str, bool], *, architecture: int) -> bytes:
@@ -169,6 +179,7 @@ def defines(found: Layout, divergence: str, options: Mapping[str, bool]) -> dict
     given = {
         "CLUSTER": found.cluster,
         "THREADS": found.threads,
+        "SLICE": found.slice,
         "BLOCKS_PER_PROCESSOR": found.blocks_per_processor,
         "DIVERGENCE": divergence,
         **{name: int(value) for name, value in options.items()},

@@ -1,14 +1,15 @@
 // The row kernel for GPUs with clusters (Hopper and later): whole rows of both sides' bf16 logits in the shared memory
 // of a cluster, so that each is read once, whatever the divergence, where row_kernels.py reads it two or three times.
 //
-// A cluster of KDFLOW_CLUSTER blocks takes a row. Every block holds a slice of its columns, every thread every
-// KDFLOW_THREADS-th vector of 8 logits of the slice; no thread reads what another one copied. Blocks tell each other
-// their statistics through distributed shared memory. While one cluster waits, the other blocks of a multiprocessor
-// work.
+// A cluster of KDFLOW_CLUSTER blocks takes some rows, one after another. Every block holds a slice of a row's columns,
+// every thread every KDFLOW_THREADS-th vector of 8 logits of the slice; no thread reads what another one copied. Blocks
+// tell each other their statistics through distributed shared memory. While one cluster waits, the other blocks of a
+// multiprocessor work.
 //
-//   1. copy the slice, and take it into the statistics of both softmaxes;
+//   1. take the slice into the statistics of both softmaxes;
 //   2. where the sum over the vocabulary of df/dlog q is not known beforehand, that and the loss;
-//   3. dloss/dlogits, over the student's logits or beside them.
+//   3. dloss/dlogits, over the student's logits or beside them; a vector that has been read makes room for the next
+//   row's.
 //
 // Compiled at run time for one form of the loss, by cluster_rows.py, which defines the names in capitals.
 #ifdef __CUDACC__
@@ -19,12 +20,14 @@
 
 namespace {
 
-constexpr float kLowest = -1e30F;  // problem.LOWEST_LOGIT
+constexpr Bits kLowestPair = 0xF149F149U;  // problem.LOWEST_LOGIT, twice
 constexpr float kTiny = 1.17549435e-38F;
 constexpr float kLogE = 1.44269504F;  // logarithms are to base 2
 constexpr int kNoColumn = 1 << 30;
 constexpr int kWidth = 8;  // logits of a vector
 constexpr int kWarps = KDFLOW_THREADS / 32;
+constexpr int kTurns = (KDFLOW_SLICE / kWidth + KDFLOW_THREADS - 1) / KDFLOW_THREADS;  // vectors of a thread
+constexpr int kHalf = (kTurns + 1) / 2;
 
 constexpr bool kHasLabels = KDFLOW_HAS_LABELS;
 constexpr bool kOwnCE = KDFLOW_OWN_CE;  // cross-entropy has a softmax of its own, at temperature 1
@@ -37,6 +40,12 @@ KDFLOW_INLINE float log_positive(float x) { return device::log2(x); }
 using Divergence = KDFLOW_DIVERGENCE;
 constexpr bool kSumPass = !(Divergence::kSumKnown && kFormGradient);
 
+KDFLOW_INLINE float lower(Bits pair) { return device::from_bits(pair << 16); }
+KDFLOW_INLINE float upper(Bits pair) { return device::from_bits(pair & 0xFFFF0000U); }
+KDFLOW_INLINE float logit(const Bits4& vector, int j) {
+  return j % 2 == 0 ? lower(vector.at[j / 2]) : upper(vector.at[j / 2]);
+}
+
 // As ctypes.Structure in cluster_rows.py. Strides are in logits, rows begin at multiples of 16 bytes, and whole vectors
 // are readable up to the row's end.
 struct Parameters {
@@ -46,20 +55,19 @@ struct Parameters {
   long long student_stride, teacher_stride, gradient_stride;
   const long long* labels;
   const float* row_scale;
-  float* kd;
+  float* kd;  // (rows, KDFLOW_CLUSTER): each block's part of a row's sum
   float* ce;
   float* student_entropy;
   float* teacher_entropy;
   float* agreement;
-  int num_columns;
-  int slice;  // columns of a block, a multiple of kWidth
+  int num_rows, rows_per_cluster, num_columns;
   float inverse_temperature, kd_weight, ce_weight, parameter;
 };
 
 // Of a part of a row: maximum, total = sum 2^d and moment = sum 2^d d with d = (z - top) exponent, and the first column
 // of the maximum.
 struct alignas(16) Statistics {
-  float top = kLowest, total = 0.0F, moment = 0.0F;
+  float top = lower(kLowestPair), total = 0.0F, moment = 0.0F;
   int column = kNoColumn;
 };
 
@@ -86,22 +94,28 @@ KDFLOW_INLINE Sums merge(Sums part, float) {
 template <class Part>
 struct Meeting {
   Part of_warps[kWarps];
-  Part of_blocks[KDFLOW_CLUSTER];
+  Part of_blocks[2][KDFLOW_CLUSTER];  // of rows with even and odd numbers: one block may be a row ahead of another
 
-  // First half: the threads' parts as the block's.
   KDFLOW_INLINE void bring(Part mine, float exponent) {
     mine = merge<32>(mine, exponent);
     if (device::thread() % 32 == 0) of_warps[device::thread() / 32] = mine;
   }
-  // For the first warp, after sync_threads: tells the block's part to the first num_blocks blocks.
-  KDFLOW_INLINE void tell(int rank, int num_blocks, float exponent) {
-    const int lane = device::thread();
-    const Part whole = merge<32>(lane < kWarps ? of_warps[lane] : Part{}, exponent);
-    if (lane < num_blocks) device::store_remote(&of_blocks[rank], lane, __builtin_bit_cast(Bits4, whole));
+  // For one warp, after sync_threads: the block's part.
+  KDFLOW_INLINE Part of_block(float exponent) const {
+    const int lane = device::thread() % 32;
+    return merge<32>(lane < kWarps ? of_warps[lane] : Part{}, exponent);
+  }
+  KDFLOW_INLINE Part tell(int row, int rank, float exponent) {
+    const Part part = of_block(exponent);
+    const int lane = device::thread() % 32;
+    if (lane < KDFLOW_CLUSTER) {
+      device::store_remote(&of_blocks[row % 2][rank], lane, __builtin_bit_cast(Bits4, part));
+    }
+    return part;
   }
   // After the cluster's barrier: the row's.
-  KDFLOW_INLINE Part take(float exponent) const {
-    return merge<KDFLOW_CLUSTER>(of_blocks[device::thread() % KDFLOW_CLUSTER], exponent);
+  KDFLOW_INLINE Part take(int row, float exponent) const {
+    return merge<KDFLOW_CLUSTER>(of_blocks[row % 2][device::thread() % KDFLOW_CLUSTER], exponent);
   }
 };
 
@@ -109,58 +123,58 @@ struct Meetings {
   Meeting<Statistics> student, teacher, ce;
   Meeting<Sums> sums;
 };
-static_assert(sizeof(Meetings) == 64 * (kWarps + KDFLOW_CLUSTER));  // cluster_rows.py counts on it
+static_assert(sizeof(Meetings) == 64 * (kWarps + 2 * KDFLOW_CLUSTER));  // cluster_rows.py counts on it
+constexpr int kSoftmaxes = kOwnCE ? 3 : 2;
 
-// The threads' sums as the row's, which the first num_blocks blocks get.
-KDFLOW_INLINE void exchange(Meeting<Sums>& meeting, Sums& sums, int num_blocks, int rank) {
-  meeting.bring(sums, 0.0F);
-  device::sync_threads();
-  if (device::thread() < 32) meeting.tell(rank, num_blocks, 0.0F);
-  device::cluster_arrive();
-  device::cluster_wait();
-  if (rank < num_blocks) sums = meeting.take(0.0F);
-}
-
-struct Row {
+// The columns of a row that this block holds.
+struct Slice {
   const Parameters& p;
-  const int rank, row, first;  // first: column of this block's slice
-  const int num_vectors;       // of the slice
-  Bits4* const student;        // in shared memory
+  const int rank, first, thread;      // first: its first column
+  const int num_vectors, cut_vector;  // cut_vector: the one in which the row ends, if it is no whole one
+  Bits4* const student;               // in shared memory
   Bits4* const teacher;
 
-  KDFLOW_INLINE explicit Row(const Parameters& given)
+  KDFLOW_INLINE explicit Slice(const Parameters& given)
       : p(given),
         rank(device::block() % KDFLOW_CLUSTER),
-        row(device::block() / KDFLOW_CLUSTER),
-        first(rank * given.slice),
-        num_vectors(count_vectors(given.num_columns - first, given.slice)),
+        first(rank * KDFLOW_SLICE),
+        thread(device::thread()),
+        num_vectors(count_vectors(given.num_columns - first)),
+        cut_vector(given.num_columns % kWidth == 0 ? -1 : (given.num_columns - first) / kWidth),
         student(device::dynamic_shared() + sizeof(Meetings) / sizeof(Bits4)),
-        teacher(student + given.slice / kWidth) {}
+        teacher(student + KDFLOW_SLICE / kWidth) {}
 
-  KDFLOW_INLINE static int count_vectors(int columns, int most) {
-    const int held = columns < most ? columns : most;
+  KDFLOW_INLINE static int count_vectors(int columns) {
+    const int held = columns < KDFLOW_SLICE ? columns : KDFLOW_SLICE;
     return held <= 0 ? 0 : (held + kWidth - 1) / kWidth;
   }
 
+  // Where a column of the row is in the slice; kNoColumn: elsewhere.
+  KDFLOW_INLINE int column(long long of_row) const {
+    const long long found = of_row - first;
+    return found >= 0 && found < KDFLOW_SLICE ? static_cast<int>(found) : kNoColumn;
+  }
+  // The vector that is this thread's turn; it may lie beyond the slice.
+  KDFLOW_INLINE int vector(int turn) const { return thread + turn * KDFLOW_THREADS; }
+
   template <class T>
-  KDFLOW_INLINE T* place(T* side, long long stride) const {
+  KDFLOW_INLINE T* place(T* side, long long stride, int row) const {
     return side + (row * stride + first) / kWidth;
   }
 
-  // Asks for this thread's vectors begin to end.
-  KDFLOW_INLINE void copy(int begin, int end) const {
-    const Bits4* of_student = place(p.student, p.student_stride);
-    const Bits4* of_teacher = place(p.teacher, p.teacher_stride);
-    for (int v = begin; v < end; v += KDFLOW_THREADS) {
-      device::copy_async(student + v, of_student + v);
-      device::copy_async(teacher + v, of_teacher + v);
+  KDFLOW_INLINE void copy_vector(int row, int v) const {
+    device::copy_async(student + v, place(p.student, p.student_stride, row) + v);
+    device::copy_async(teacher + v, place(p.teacher, p.teacher_stride, row) + v);
+  }
+  template <int kFrom, int kTo>
+  KDFLOW_INLINE void copy(int row) const {
+#pragma unroll
+    for (int turn = kFrom; turn < kTo; ++turn) {
+      if (vector(turn) < num_vectors) copy_vector(row, vector(turn));
     }
     device::commit_copies();
   }
 };
-
-KDFLOW_INLINE float lower(Bits pair) { return device::from_bits(pair << 16); }
-KDFLOW_INLINE float upper(Bits pair) { return device::from_bits(pair & 0xFFFF0000U); }
 
 KDFLOW_INLINE float highest(const Bits4& vector) {
   const Bits larger = device::max_of_halves(device::max_of_halves(vector.at[0], vector.at[1]),
@@ -177,11 +191,17 @@ struct Softmax {
 
   KDFLOW_INLINE explicit Softmax(float given) : exponent(given) {}
 
-  template <bool kAtOne>
-  KDFLOW_INLINE void take_in(const Bits4* side, int begin, int end) {
+  template <bool kAtOne, int kFrom, int kTo>
+  KDFLOW_INLINE void take_in(const Slice& slice, const Bits4* side) {
+    Bits4 held[kTo - kFrom + 1];
     float top = found.top;
-    for (int v = begin; v < end; v += KDFLOW_THREADS) {
-      const float here = highest(side[v]);
+#pragma unroll
+    for (int turn = kFrom; turn < kTo; ++turn) {
+      const int v = slice.vector(turn);
+      Bits4& vector = held[turn - kFrom];
+      vector = {{kLowestPair, kLowestPair, kLowestPair, kLowestPair}};
+      if (v < slice.num_vectors) vector = side[v];
+      const float here = highest(vector);
       best = here > top ? v : best;
       top = here > top ? here : top;
     }
@@ -191,13 +211,10 @@ struct Softmax {
     found.total *= decay;
     if constexpr (kAtOne) total_at_1 *= device::exp2((found.top - top) * kLogE);
     found.top = top;
-    for (int v = begin; v < end; v += KDFLOW_THREADS) {
-      const Bits4 vector = side[v];
 #pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        add<kAtOne>(lower(vector.at[pair]));
-        add<kAtOne>(upper(vector.at[pair]));
-      }
+    for (int turn = kFrom; turn < kTo; ++turn) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) add<kAtOne>(logit(held[turn - kFrom], j));
     }
   }
 
@@ -212,18 +229,15 @@ struct Softmax {
     if constexpr (kAtOne) total_at_1 += device::exp2((z - found.top) * kLogE);
   }
 
-  // The column of the maximum, from its vector.
-  KDFLOW_INLINE Statistics statistics(const Bits4* side, int first) const {
+  // With the column of the maximum, from its vector.
+  KDFLOW_INLINE Statistics statistics(const Slice& slice, const Bits4* side) const {
     Statistics with_column = found;
     if (best >= 0) {
       const Bits4 vector = side[best];
       int place = kNoColumn;
 #pragma unroll
-      for (int pair = 3; pair >= 0; --pair) {
-        place = upper(vector.at[pair]) == found.top ? 2 * pair + 1 : place;
-        place = lower(vector.at[pair]) == found.top ? 2 * pair : place;
-      }
-      with_column.column = first + best * kWidth + place;
+      for (int j = kWidth - 1; j >= 0; --j) place = logit(vector, j) == found.top ? j : place;
+      with_column.column = slice.first + best * kWidth + place;
     }
     return with_column;
   }
@@ -241,124 +255,163 @@ KDFLOW_INLINE float entropy(const Statistics& found) {
   return (device::log2(found.total) - found.moment / found.total) / kLogE;
 }
 
-KDFLOW_INLINE float logit(const Bits4* side, int column) {
-  const Bits pair = side[column / kWidth].at[column % kWidth / 2];
-  return column % 2 == 0 ? lower(pair) : upper(pair);
-}
+// What passes 2 and 3 know of a row.
+struct Row {
+  const Slice& slice;
+  const int number, label;  // label: its column in the slice, or kNoColumn
+  const LogProbs q_at, p_at, ce_at;
 
-}  // namespace
-
-KDFLOW_KERNEL void cluster_rows(KDFLOW_PARAMETERS Parameters p) {
-  Meetings& meet = *reinterpret_cast<Meetings*>(device::dynamic_shared());
-  const Row row(p);
-  const int thread = device::thread();
-  const float exponent = p.inverse_temperature * kLogE;
-  device::cluster_arrive();  // its wait says that all blocks run and can be written to
-
-  // 1. In two halves, so that the second one arrives while the first is taken in.
-  const int half = (row.num_vectors / 2 + KDFLOW_THREADS - 1) / KDFLOW_THREADS * KDFLOW_THREADS;
-  const int middle = (half < row.num_vectors ? half : row.num_vectors);
-  row.copy(thread, middle);
-  row.copy(half + thread, row.num_vectors);
-  Softmax of_student(exponent), of_teacher(exponent);
-  device::wait_copies<1>();
-  of_student.take_in<kOwnCE>(row.student, thread, middle);
-  of_teacher.take_in<false>(row.teacher, thread, middle);
-  device::wait_copies<0>();
-  of_student.take_in<kOwnCE>(row.student, half + thread, row.num_vectors);
-  of_teacher.take_in<false>(row.teacher, half + thread, row.num_vectors);
-
-  meet.student.bring(of_student.statistics(row.student, row.first), exponent);
-  meet.teacher.bring(of_teacher.statistics(row.teacher, row.first), exponent);
-  if constexpr (kOwnCE) meet.ce.bring({of_student.found.top, of_student.total_at_1}, kLogE);
-  device::cluster_wait();
-  device::sync_threads();
-  if (thread < 32) {
-    meet.student.tell(row.rank, KDFLOW_CLUSTER, exponent);
-    meet.teacher.tell(row.rank, KDFLOW_CLUSTER, exponent);
-    if constexpr (kOwnCE) meet.ce.tell(row.rank, KDFLOW_CLUSTER, kLogE);
-  }
-  device::cluster_arrive();
-  device::cluster_wait();
-  const Statistics student = meet.student.take(exponent), teacher = meet.teacher.take(exponent);
-  const LogProbs q_at(student, exponent), p_at(teacher, exponent);
-  const LogProbs ce_at(kOwnCE ? meet.ce.take(kLogE) : student, kLogE);
-
-  int label = -1;
-  if constexpr (kHasLabels) {
-    label = static_cast<int>(p.labels[row.row]) - row.first;  // of this slice
-    if (thread == 0 && label >= 0 && label < p.slice) p.ce[row.row] = -ce_at.at(logit(row.student, label)) / kLogE;
-  }
-  if (row.rank == 0 && thread == 0) {
-    p.student_entropy[row.row] = entropy(student);
-    p.teacher_entropy[row.row] = entropy(teacher);
-    p.agreement[row.row] = student.column == teacher.column ? 1.0F : 0.0F;
+  struct Terms {
+    float f, g, q, z;
+  };
+  KDFLOW_INLINE Terms terms(const Bits4& z, const Bits4& y, int j) const {
+    const float log_q = q_at.at(logit(z, j)), log_p = p_at.at(logit(y, j));
+    const float q = device::exp2(log_q);
+    const Term term = Divergence::at(slice.p.parameter, device::exp2(log_p), q, log_p, log_q);
+    return {term.f, term.g, q, logit(z, j)};
   }
 
-  // 2.
-  Sums sums;
-  float gradient_sum = -1.0F;  // where it is known
-  if constexpr (kSumPass) {
-    for (int v = thread; v < row.num_vectors; v += KDFLOW_THREADS) {
-      const Bits4 z = row.student[v], y = row.teacher[v];
+  KDFLOW_INLINE void add_terms(Sums& sums) const {
+#pragma unroll 1
+    for (int v = slice.thread; v < slice.num_vectors; v += KDFLOW_THREADS) {
+      const Bits4 z = slice.student[v], y = slice.teacher[v];
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        const Bits z_pair = z.at[j / 2], y_pair = y.at[j / 2];
-        const float log_q = q_at.at(j % 2 == 0 ? lower(z_pair) : upper(z_pair));
-        const float log_p = p_at.at(j % 2 == 0 ? lower(y_pair) : upper(y_pair));
-        const Term term = Divergence::at(p.parameter, device::exp2(log_p), device::exp2(log_q), log_p, log_q);
-        sums.f += term.f;
-        sums.g += term.g;
+        const Terms found = terms(z, y, j);
+        sums.f += found.f;
+        sums.g += found.g;
       }
     }
-    exchange(meet.sums, sums, kFormGradient ? KDFLOW_CLUSTER : 1, row.rank);
-    gradient_sum = sums.g / Divergence::kScaleG;
   }
 
-  // 3.
-  if constexpr (kFormGradient) {
-    const float scale = p.row_scale[row.row];
-    const float ce_scale = kHasLabels ? scale * p.ce_weight : 0.0F;
-    const float kd_scale = scale * p.kd_weight * p.inverse_temperature;
-    const float g_scale = kd_scale / Divergence::kScaleG;
-    const float q_scale = (kOwnCE ? 0.0F : ce_scale) - kd_scale * gradient_sum;
-    Bits4* const gradient = row.place(p.gradient, p.gradient_stride);
-    for (int v = thread; v < row.num_vectors; v += KDFLOW_THREADS) {
-      const Bits4 z = row.student[v], y = row.teacher[v];
+  struct Scales {
+    float g, q, ce;
+  };
+  // dz = scales.g g + scales.q q, and cross-entropy's part; asks for the same vectors of the next row.
+  template <int kFrom, int kTo>
+  KDFLOW_INLINE void write_gradient(const Scales& scales, bool another, Sums& sums) const {
+    const Parameters& p = slice.p;
+    Bits4* const gradient = slice.place(p.gradient, p.gradient_stride, number);
+    const int end = slice.vector(kTo) < slice.num_vectors ? slice.vector(kTo) : slice.num_vectors;
+#pragma unroll 1
+    for (int v = slice.vector(kFrom); v < end; v += KDFLOW_THREADS) {
+      const Bits4 z = slice.student[v], y = slice.teacher[v];
       float dz[kWidth];
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        const Bits z_pair = z.at[j / 2], y_pair = y.at[j / 2];
-        const float logit = j % 2 == 0 ? lower(z_pair) : upper(z_pair);
-        const float log_q = q_at.at(logit);
-        const float log_p = p_at.at(j % 2 == 0 ? lower(y_pair) : upper(y_pair));
-        const float q = device::exp2(log_q);
-        const Term term = Divergence::at(p.parameter, device::exp2(log_p), q, log_p, log_q);
-        if constexpr (!kSumPass) sums.f += term.f;
-        dz[j] = g_scale * term.g + q_scale * q;
-        if constexpr (kOwnCE) dz[j] += ce_scale * device::exp2(ce_at.at(logit));
+        const Terms found = terms(z, y, j);
+        if constexpr (!kSumPass) sums.f += found.f;
+        dz[j] = scales.g * found.g + scales.q * found.q;
+        if constexpr (kOwnCE) dz[j] += scales.ce * device::exp2(ce_at.at(found.z));
       }
-      if constexpr (kHasLabels) {
-        const int place = label - v * kWidth;
-        if (place >= 0 && place < kWidth) {
+      if (kHasLabels && label / kWidth == v) {
 #pragma unroll
-          for (int j = 0; j < kWidth; ++j) dz[j] -= j == place ? ce_scale : 0.0F;
-        }
+        for (int j = 0; j < kWidth; ++j) dz[j] -= j == label % kWidth ? scales.ce : 0.0F;
+      }
+      if (v == slice.cut_vector) {  // the padding stays without mass
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) dz[j] = j < p.num_columns % kWidth ? dz[j] : lower(kLowestPair);
       }
       Bits4 packed;
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) packed.at[pair] = device::narrow(dz[2 * pair], dz[2 * pair + 1]);
       gradient[v] = packed;
+      if (another) slice.copy_vector(number + 1, v);
     }
-    // The padding stays without mass.
-    const int end = p.num_columns - row.first;
-    if (end > 0 && end <= p.slice && end / kWidth % KDFLOW_THREADS == thread) {
-      auto* const padding = reinterpret_cast<unsigned short*>(gradient);
-      for (int column = end; column % kWidth != 0; ++column) {
-        padding[column] = static_cast<unsigned short>(device::narrow(kLowest, kLowest));
+    device::commit_copies();
+  }
+};
+
+}  // namespace
+
+KDFLOW_KERNEL void cluster_rows(KDFLOW_PARAMETERS Parameters p) {
+  Meetings& meet = *reinterpret_cast<Meetings*>(device::dynamic_shared());
+  const Slice slice(p);
+  const int thread = slice.thread, warp = thread / 32, rank = slice.rank;
+  const float exponent = p.inverse_temperature * kLogE;
+  int row = device::block() / KDFLOW_CLUSTER * p.rows_per_cluster;
+  const int end = row + p.rows_per_cluster < p.num_rows ? row + p.rows_per_cluster : p.num_rows;
+
+  device::cluster_arrive(false);
+  slice.copy<0, kHalf>(row);
+  slice.copy<kHalf, kTurns>(row);
+  device::cluster_wait();  // all blocks run and can be written to
+
+  for (; row < end; ++row) {
+    const float scale = kFormGradient ? p.row_scale[row] : 0.0F;
+    const int label = kHasLabels ? slice.column(p.labels[row]) : kNoColumn;
+
+    // 1. In two halves, so that the second one arrives while the first is taken in.
+    Softmax of_student(exponent), of_teacher(exponent);
+    device::wait_copies<1>(0.0F);
+    of_student.take_in<kOwnCE, 0, kHalf>(slice, slice.student);
+    of_teacher.take_in<false, 0, kHalf>(slice, slice.teacher);
+    device::wait_copies<0>(of_student.found.total + of_teacher.found.total);
+    of_student.take_in<kOwnCE, kHalf, kTurns>(slice, slice.student);
+    of_teacher.take_in<false, kHalf, kTurns>(slice, slice.teacher);
+
+    meet.student.bring(of_student.statistics(slice, slice.student), exponent);
+    meet.teacher.bring(of_teacher.statistics(slice, slice.teacher), exponent);
+    if constexpr (kOwnCE) meet.ce.bring({of_student.found.top, of_student.total_at_1}, kLogE);
+    device::sync_threads();
+    if (warp == 0) meet.student.tell(row, rank, exponent);
+    if (warp == 1 % kWarps) meet.teacher.tell(row, rank, exponent);
+    if constexpr (kOwnCE) {
+      if (warp == 2 % kWarps) meet.ce.tell(row, rank, kLogE);
+    }
+    device::cluster_arrive(warp < kSoftmaxes);
+    device::cluster_wait();
+    const Statistics student = meet.student.take(row, exponent), teacher = meet.teacher.take(row, exponent);
+    const LogProbs q_at(student, exponent);
+    const LogProbs ce_at(kOwnCE ? meet.ce.take(row, kLogE) : student, kLogE);
+    const Row here{slice, row, label, q_at, LogProbs(teacher, exponent), ce_at};
+    if (kHasLabels && label != kNoColumn && label / kWidth % KDFLOW_THREADS == thread) {
+      const Bits pair = slice.student[label / kWidth].at[label % kWidth / 2];
+      p.ce[row] = -ce_at.at(label % 2 == 0 ? lower(pair) : upper(pair)) / kLogE;
+    }
+
+    // 2.
+    Sums sums;
+    float gradient_sum = -1.0F;  // where it is known
+    if constexpr (kSumPass) {
+      here.add_terms(sums);
+      meet.sums.bring(sums, 0.0F);
+      device::sync_threads();
+      if constexpr (kFormGradient) {
+        if (warp == 0) sums.f = meet.sums.tell(row, rank, 0.0F).f;
+        device::cluster_arrive(warp == 0);
+        device::cluster_wait();
+        gradient_sum = meet.sums.take(row, 0.0F).g / Divergence::kScaleG;
       }
     }
-    if constexpr (!kSumPass) exchange(meet.sums, sums, 1, row.rank);
+
+    // 3.
+    const bool another = row + 1 < end;
+    if constexpr (kFormGradient) {
+      const float ce_scale = kHasLabels ? scale * p.ce_weight : 0.0F;
+      const float kd_scale = scale * p.kd_weight * p.inverse_temperature;
+      const Row::Scales scales{kd_scale / Divergence::kScaleG, (kOwnCE ? 0.0F : ce_scale) - kd_scale * gradient_sum,
+                               ce_scale};
+      here.write_gradient<0, kHalf>(scales, another, sums);
+      here.write_gradient<kHalf, kTurns>(scales, another, sums);
+      if constexpr (!kSumPass) {
+        meet.sums.bring(sums, 0.0F);
+        device::sync_threads();
+      }
+    } else if (another) {
+      slice.copy<0, kHalf>(row + 1);
+      slice.copy<kHalf, kTurns>(row + 1);
+    }
+    if (warp == 0) {
+      const float f = kSumPass && kFormGradient ? sums.f : meet.sums.of_block(0.0F).f;
+      if (thread == 0) {
+        p.kd[row * KDFLOW_CLUSTER + rank] = f / Divergence::kScaleF;
+        if (rank == 0) {
+          p.student_entropy[row] = entropy(student);
+          p.teacher_entropy[row] = entropy(teacher);
+          p.agreement[row] = student.column == teacher.column ? 1.0F : 0.0F;
+        }
+      }
+    }
   }
-  if (row.rank == 0 && thread == 0) p.kd[row.row] = sums.f / Divergence::kScaleF;
 }

@@ -29,9 +29,15 @@ KDFLOW_INLINE Address address_of(const void* shared) { return static_cast<Addres
 
 KDFLOW_INLINE void sync_threads() { __syncthreads(); }
 
-// Everything the block's threads wrote before arrive, to the shared memory of whichever block of the cluster, is there
-// after wait.
-KDFLOW_INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// All threads of the cluster arrive before any goes on. What a warp stored before an arrival that tells of it, to the
+// shared memory of whichever block, is there after the wait; other arrivals wait for no store.
+KDFLOW_INLINE void cluster_arrive(bool tells) {
+  if (tells) {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  }
+}
 KDFLOW_INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // *shared = value, in another block's shared memory.
@@ -48,10 +54,18 @@ KDFLOW_INLINE void copy_async(Bits4* shared, const Bits4* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address_of(shared)), "l"(global) : "memory");
 }
 KDFLOW_INLINE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until no more than the youngest kLeft groups of this thread's are under way.
+// Until no more than the youngest kLeft groups of this thread's are under way. It is asked when the number has been
+// found, which is nothing below 0: a condition that always holds, so that the assembler does not move the wait before
+// that.
 template <int kLeft>
-KDFLOW_INLINE void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+KDFLOW_INLINE void wait_copies(float found) {
+  asm volatile(
+      "{\n\t.reg .pred holds;\n\t"
+      "setp.ne.b32 holds, %0, -1;\n\t"
+      "@holds cp.async.wait_group %1;\n\t}"
+      :
+      : "f"(found), "n"(kLeft)
+      : "memory");
 }
 
 // Over every kLanes neighbouring lanes of a warp; all get the result. The order of a sum is fixed.

@@ -123,9 +123,10 @@ inline void meet(Barrier& barrier) {
 
 inline void sync_threads() { meet(own_block().barrier); }
 
-inline void cluster_arrive() {
+inline void cluster_arrive(bool tells) {
   if (self().arrived_in >= 0) misuse();  // twice without a wait
   self().arrived_in = cluster->barrier.phase;
+  if (!tells && !self().stores.empty()) misuse();
   auto& stores = self().stores;
   cluster->barrier.stores.insert(cluster->barrier.stores.end(), stores.begin(), stores.end());
   stores.clear();
@@ -146,7 +147,7 @@ inline void store_remote(void* shared, int block, Bits4 value) {
 inline void copy_async(Bits4* shared, const Bits4* global) { self().copies.back().emplace_back(shared, global); }
 inline void commit_copies() { self().copies.emplace_back(); }
 template <int kLeft>
-inline void wait_copies() {
+inline void wait_copies(float) {
   auto& groups = self().copies;
   while (groups.size() > kLeft + 1) {
     for (auto [to, from] : groups.front()) *to = *from;

@@ -29,7 +29,7 @@ RESERVED_BYTES = 1024
 PORTABLE_CLUSTER = 8
 
 
-# Rows that a cluster takes one after another, the next one on its way while the gradient of one is written.
+# Rows that a cluster takes one after another at most, the next one on its way while the gradient of one is written.
 ROWS_PER_CLUSTER = 4
 
 
@@ -119,12 +119,20 @@ class ClusterLauncher:
     """In RowLauncher's place: the same in all chunks of a problem."""
 
     def __init__(
-        self, problem: Problem, needs: GradientNeeds, *, found: Layout, num_columns: int, row_scale: Tensor
+        self,
+        problem: Problem,
+        needs: GradientNeeds,
+        *,
+        found: Layout,
+        num_columns: int,
+        num_processors: int,
+        row_scale: Tensor,
     ) -> None:
         twin = cpp_twin(problem.divergence)
         assert twin is not None
         self.problem, self.num_columns, self.row_scale, self.layout = problem, num_columns, row_scale, found
         divergence, self.parameter = twin
+        self.clusters_at_once = max(1, num_processors * found.blocks_per_processor // found.cluster)
         options = {
             "HAS_LABELS": problem.labels is not None,
             "OWN_CE": problem.labels is not None and problem.temperature != 1.0,
@@ -140,6 +148,8 @@ class ClusterLauncher:
         assert terms.kd is not None
         problem, kd, num_rows = self.problem, terms.kd[chunk], chunk.stop - chunk.start
         of_blocks = kd.new_empty(num_rows, self.layout.cluster)
+        # Few rows are for all processors rather than for few clusters.
+        rows_per_cluster = min(ROWS_PER_CLUSTER, -(-num_rows // self.clusters_at_once))
         rows = {
             "labels": problem.labels,
             "row_scale": self.row_scale,
@@ -157,7 +167,7 @@ class ClusterLauncher:
             gradient_stride=gradient.stride(0),
             kd=of_blocks.data_ptr(),
             num_rows=num_rows,
-            rows_per_cluster=ROWS_PER_CLUSTER,
+            rows_per_cluster=rows_per_cluster,
             num_columns=self.num_columns,
             inverse_temperature=1.0 / problem.temperature,
             kd_weight=problem.kd_weight,
@@ -165,7 +175,7 @@ class ClusterLauncher:
             parameter=self.parameter,
             **{name: 0 if values is None else values[chunk].data_ptr() for name, values in rows.items()},
         )
-        self.kernel(-(-num_rows // ROWS_PER_CLUSTER) * self.layout.cluster, parameters)
+        self.kernel(-(-num_rows // rows_per_cluster) * self.layout.cluster, parameters)
         torch.sum(of_blocks, 1, out=kd)
 
 

@@ -235,7 +235,14 @@ class _Run:
         ):
             found = cluster_rows.layout(columns, cluster_rows.shared_bytes(self.device))
             if found is not None:
-                return ClusterLauncher(problem, self.needs, found=found, num_columns=columns, row_scale=self.row_scale)
+                return ClusterLauncher(
+                    problem,
+                    self.needs,
+                    found=found,
+                    num_columns=columns,
+                    num_processors=self.num_processors,
+                    row_scale=self.row_scale,
+                )
         launcher = RowLauncher if problem.vocab_parallel is None else VocabParallelLauncher
         return launcher(
             with_own_labels(problem, columns),

@@ -258,13 +258,15 @@ def test_on_the_host_a_missing_wait_is_found(number: int, tmp_path: Path, monkey
     changed.write_text("".join(text for pair in zip(pieces, [*kept, ""], strict=True) for text in pair))
     found, told = cluster_rows.cut(4003, 2, 2, 64), []
     monkeypatch.setattr(cluster_rows, "layout", lambda *_: found)
-    for divergence, name in (("jsd", "JSD"), ("forward_kl", "ForwardKL")):
-        library = host.build(found, name, tuple(PLAIN.items()), source=changed)
+    for divergence, name, gradients in (("jsd", "JSD", True), ("forward_kl", "ForwardKL", True), ("jsd", "JSD", False)):
+        options = {**PLAIN, "FORM_GRADIENT": gradients}
+        library = host.build(found, name, tuple(options.items()), source=changed)
         monkeypatch.setattr(cluster_rows, "kernel", lambda *_, library=library: host.starter(found, library))
         case = make(vocab=4003, num_rows=7, divergence=divergence, labels="none").cast(torch.bfloat16)
         expected = fused_kd_loss(**case.tensors, **case.options, backend="torch").loss
         try:
-            loss = fused_kd_loss(**case.tensors, **case.options, backend="triton").loss
+            with torch.set_grad_enabled(gradients):
+                loss = fused_kd_loss(**case.tensors, **case.options, backend="triton").loss
         except RuntimeError as error:
             told.append(str(error))
         else:

@@ -156,6 +156,11 @@ struct Slice {
   }
   // The vector that is this thread's turn; it may lie beyond the slice.
   KDFLOW_INLINE int vector(int turn) const { return thread + turn * KDFLOW_THREADS; }
+  // What this thread's vectors of the turns before kTo are below.
+  template <int kTo>
+  KDFLOW_INLINE int end() const {
+    return vector(kTo) < num_vectors ? vector(kTo) : num_vectors;
+  }
 
   template <class T>
   KDFLOW_INLINE T* place(T* side, long long stride, int row) const {
@@ -271,9 +276,12 @@ struct Row {
     return {term.f, term.g, q, logit(z, j)};
   }
 
-  KDFLOW_INLINE void add_terms(Sums& sums) const {
+  // Where this is the last pass over the row it asks for the same vectors of the next one.
+  template <int kFrom, int kTo>
+  KDFLOW_INLINE void add_terms(bool another, Sums& sums) const {
+    const int end = slice.end<kTo>();
 #pragma unroll 1
-    for (int v = slice.thread; v < slice.num_vectors; v += KDFLOW_THREADS) {
+    for (int v = slice.vector(kFrom); v < end; v += KDFLOW_THREADS) {
       const Bits4 z = slice.student[v], y = slice.teacher[v];
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
@@ -281,7 +289,9 @@ struct Row {
         sums.f += found.f;
         sums.g += found.g;
       }
+      if (!kFormGradient && another) slice.copy_vector(number + 1, v);
     }
+    if constexpr (!kFormGradient) device::commit_copies();
   }
 
   struct Scales {
@@ -292,7 +302,7 @@ struct Row {
   KDFLOW_INLINE void write_gradient(const Scales& scales, bool another, Sums& sums) const {
     const Parameters& p = slice.p;
     Bits4* const gradient = slice.place(p.gradient, p.gradient_stride, number);
-    const int end = slice.vector(kTo) < slice.num_vectors ? slice.vector(kTo) : slice.num_vectors;
+    const int end = slice.end<kTo>();
 #pragma unroll 1
     for (int v = slice.vector(kFrom); v < end; v += KDFLOW_THREADS) {
       const Bits4 z = slice.student[v], y = slice.teacher[v];
@@ -371,10 +381,16 @@ KDFLOW_KERNEL void cluster_rows(KDFLOW_PARAMETERS Parameters p) {
     }
 
     // 2.
+    const bool another = row + 1 < end;
     Sums sums;
     float gradient_sum = -1.0F;  // where it is known
     if constexpr (kSumPass) {
-      here.add_terms(sums);
+      if constexpr (kFormGradient) {
+        here.add_terms<0, kTurns>(false, sums);
+      } else {
+        here.add_terms<0, kHalf>(another, sums);
+        here.add_terms<kHalf, kTurns>(another, sums);
+      }
       meet.sums.bring(sums, 0.0F);
       device::sync_threads();
       if constexpr (kFormGradient) {
@@ -386,7 +402,6 @@ KDFLOW_KERNEL void cluster_rows(KDFLOW_PARAMETERS Parameters p) {
     }
 
     // 3.
-    const bool another = row + 1 < end;
     if constexpr (kFormGradient) {
       const float ce_scale = kHasLabels ? scale * p.ce_weight : 0.0F;
       const float kd_scale = scale * p.kd_weight * p.inverse_temperature;
@@ -398,9 +413,6 @@ KDFLOW_KERNEL void cluster_rows(KDFLOW_PARAMETERS Parameters p) {
         meet.sums.bring(sums, 0.0F);
         device::sync_threads();
       }
-    } else if (another) {
-      slice.copy<0, kHalf>(row + 1);
-      slice.copy<kHalf, kTurns>(row + 1);
     }
     if (warp == 0) {
       const float f = kSumPass && kFormGradient ? sums.f : meet.sums.of_block(0.0F).f;

@@ -42,6 +42,11 @@ def fake_devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("tests/modeling/test_attention_cuda.py", "", False, 4),
         (STUDENT, "", False, 3),
         (STUDENT, "", True, 3),
+        # Those of the student that are for every device.
+        ("tests/student/test_fsdp2_layouts.py", "", False, 4),
+        ("tests/student/test_checkpoint.py", "", False, 10),
+        ("tests/student/test_lora.py", "not four_bits", False, 6),  # bitsandbytes has no such devices
+        ("tests/student/test_router.py", "", False, 4),
     ],
 )
 def test_gpu_tests_pass(
@@ -49,8 +54,9 @@ def test_gpu_tests_pass(
 ) -> None:
     """With the loss of the torch backend, or with the Triton kernels, interpreted."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    env |= fake_devices | ({"TRITON_INTERPRET": "1"} if triton else {})
-    command = [sys.executable, "-m", "pytest", "-n0", "-m", "gpu", "-k", selection, f"--basetemp={tmp_path}/run", file]
+    env |= fake_devices | ({"TRITON_INTERPRET": "1"} if triton else {}) | {"KDFLOW_TEST_DEVICE": "cuda"}
+    marked = "gpu" if file.endswith("_cuda.py") else "not soak"
+    command = [sys.executable, "-m", "pytest", "-n0", "-m", marked, "-k", selection, f"--basetemp={tmp_path}/run", file]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=840)
     assert result.returncode == 0, result.stdout[-20_000:]
     assert f" {num_tests} passed" in result.stdout

@@ -21,6 +21,24 @@ from kdflow.modeling import gather
 from kdflow.types import LMHead, LossRows
 
 
+class _OwnPart(torch.autograd.Function):
+    """``parameter.to_local().to(like)``, for parameters in host memory, too: DTensor would send their gradient to the
+    mesh's device, where the parameter is not."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Any, like: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(parameter)
+        own: torch.Tensor = parameter.to_local().to(like)
+        return own.view_as(own)  # a tensor of its own for the graph, where nothing had to be converted
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor, None]:
+        (parameter,) = ctx.saved_tensors
+        whole: Any = torch.empty_like(parameter)
+        whole.to_local().copy_(gradients[0])
+        return whole, None
+
+
 class VocabShards:
     """Cuts a model's head over the mesh's dimension `shard`, and brings the rows that it is applied to together.
 
@@ -74,7 +92,7 @@ class VocabShards:
 
     def student_head(self, head: Any, like: torch.Tensor, logit_scale: float, softcap: float | None) -> LMHead:
         """This rank's tokens, in dtype and on the device of `like`."""
-        weight, bias = (None if p is None else p.to_local().to(like) for p in (head.weight, head.bias))
+        weight, bias = (None if p is None else _OwnPart.apply(p, like) for p in (head.weight, head.bias))
         assert weight is not None
         return LMHead(weight, bias, logit_scale, softcap, vocab_start=self._start, vocab_group=self._group)
 

@@ -51,7 +51,7 @@ def go_on(folder: Path, model: str, store: Path, options: dict[str, Any], start:
                 num_items=step.num_loss_tokens,
                 last=microbatch is step.microbatches[-1],
             )
-            loss += output.loss.detach()
+            loss += output.loss.detach().cpu()
         dist.all_reduce(loss)
         losses.append(loss.item() / dist.get_world_size())
         student.optimizer_step(step.index)

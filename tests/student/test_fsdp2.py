@@ -37,7 +37,7 @@ def train(folder: Path, model: str, num_samples: int, budget: int, num_steps: in
             output = student.forward_backward(
                 microbatch, lambda m=microbatch: rows(m), num_items=step.num_loss_tokens, last=last
             )
-            loss += output.loss.detach()
+            loss += output.loss.detach().cpu()
         if step.index == 0:
             gradients = {n: whole(p.grad).clone() for n, p in student.model.named_parameters()}
         dist.all_reduce(loss)

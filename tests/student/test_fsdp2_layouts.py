@@ -44,7 +44,7 @@ def train(folder: Path, model: str, budget: int, options: dict[str, Any]):
             output = student.forward_backward(
                 microbatch, lambda m=microbatch: rows(m), num_items=step.num_loss_tokens, last=last
             )
-            loss += output.loss.detach()
+            loss += output.loss.detach().cpu()
         dist.all_reduce(loss)
         losses.append(loss.item() / dist.get_world_size())
         student.optimizer_step(step.index)

@@ -36,7 +36,7 @@ def gradient_of(folder: Path, model: str, budget: int, options: dict[str, Any]):
             num_items=step.num_loss_tokens,
             last=microbatch is step.microbatches[-1],
         )
-        loss += output.loss.detach()
+        loss += output.loss.detach().cpu()
     dist.all_reduce(loss)
     found = {
         n.replace("_checkpoint_wrapped_module.", ""): whole(p.grad).clone() for n, p in student.model.named_parameters()

@@ -1,4 +1,4 @@
-"""A student, the rows of its teacher and their samples, on a device of the test's choice."""
+"""A student, the rows of its teacher and their samples, on this rank's device or on one of the test's choice."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from kdflow.modeling import load_lm_head, load_tokenizer
 from kdflow.student import FSDP2Student
 from kdflow.teacher import TEACHERS
 from kdflow.types import Microbatch, Sample
+from support.ranks import own_device
 
 CPU = torch.device("cpu")
 CONFIG = {"ce_weight": 0.3, "temperature": 1.5}
@@ -29,7 +30,7 @@ def make_student(
     num_steps: int = 8,
     learning_rate: float = 3e-3,
     eps: float = 1e-8,
-    device: torch.device = CPU,
+    device: torch.device | None = None,
     **options: Any,
 ) -> FSDP2Student:
     info = ModelInfo("tiny", {}, 384)
@@ -38,22 +39,23 @@ def make_student(
         OptimizerConfig(learning_rate=learning_rate, warmup_steps=1, eps=eps),
         algorithms={"": ALGORITHMS.get("vanilla")(AlgorithmConfig(**CONFIG), student=info, teacher=info)},
         teacher_heads={"": load_lm_head(teacher, torch.float32) if teacher else None},
-        device=device,
+        device=own_device() if device is None else device,
         num_steps=num_steps,
     )
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor gathered from all ranks, where it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The tensor in host memory, gathered from all ranks where it is sharded."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 class Rows:
     """Rows of the real teacher, straight from its decoder, in host memory."""
 
-    def __init__(self, folder: Path, device: torch.device = CPU) -> None:
+    def __init__(self, folder: Path, device: torch.device | None = None) -> None:
+        device = own_device() if device is None else device
         config = TeacherConfig(str(folder / "teacher"), dtype="float32", device=device.type)
-        self._teacher = TEACHERS.get("hf")(config, gpu=0)
+        self._teacher = TEACHERS.get("hf")(config, gpu=device.index or 0)
 
     def __call__(self, microbatch: Microbatch) -> torch.Tensor:
         out = torch.empty(microbatch.num_loss_tokens, self._teacher.hidden_size)

@@ -55,10 +55,13 @@ class Stream:
         return self.device_index
 
 
-class Event:
-    """When it is recorded, what came before it is over."""
+class Event(torch.Event):
+    """When it is recorded, what came before it is over. Torch's own streams take it, too."""
 
     _at: float | None = None
+
+    def __new__(cls, *_: Any, **__: Any) -> Event:
+        return super().__new__(cls, torch.device("cuda"))
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         self._timed = enable_timing
@@ -116,6 +119,13 @@ def _make_nccl(store: Any, rank: int, size: int, timeout: Any) -> Any:
     return fake_device.make_nccl(dist.ProcessGroupGloo(store, rank, size, timeout), rank, size)
 
 
+def _histc(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    """CUDA's operator counts integers, too; the CPU's does not."""
+    if self.device.type != "cuda" or self.is_floating_point():
+        return _histc_of_torch(self, *args, **options)
+    return _histc_of_torch(self.float(), *args, **options).to(self.dtype)
+
+
 PROPERTIES = SimpleNamespace(
     name="fake",
     major=9,
@@ -165,6 +175,8 @@ for name, replacement in PATCHES.items():
 torch._C._cuda_getCurrentRawStream = lambda device: 0
 torch.Tensor.record_stream = lambda self, stream: None
 torch.Tensor.is_pinned = lambda self, device=None: True
+_histc_of_torch = torch.histc
+torch.histc = _histc
 _resize_of_host = torch.UntypedStorage.resize_
 torch.UntypedStorage.resize_ = _resize_storage
 _init_of_torch = dist.init_process_group

@@ -27,8 +27,6 @@ SHARED_BYTES = 228 * 1024
 RESERVED_BYTES = 1024
 # Every GPU that has clusters takes as many blocks in one.
 PORTABLE_CLUSTER = 8
-
-
 # Rows that a cluster takes one after another at most, the next one on its way while the gradient of one is written.
 ROWS_PER_CLUSTER = 4
 

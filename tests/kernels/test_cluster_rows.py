@@ -12,7 +12,7 @@ from pathlib import Path
 import kd_oracle
 import pytest
 import torch
-from test_fused_kd_loss import FACTORS, covering_case, describe, make, pairwise
+from test_fused_kd_loss import FACTORS, covering_case, describe, make, one_hot_case, pairwise
 from test_triton_backend import DIVERGENCES, JUMPING
 
 from kdflow_kernels import cluster_rows, fused_kd_loss, get_divergence, nvrtc, triton_backend
@@ -107,16 +107,7 @@ def test_the_widest_vocabularies_as_they_are_laid_out(divergence: str):
 @pytest.mark.parametrize("divergence", COVERED)
 def test_logits_of_ten_thousand(divergence: str, monkeypatch: pytest.MonkeyPatch):
     cut_into(2, 32, monkeypatch)
-    case = make(divergence=divergence, ce_weight=0.5, num_rows=6)
-    for side in ("student", "teacher"):
-        hidden = torch.zeros(6, case.tensors[f"{side}_input"].shape[1], dtype=torch.float64)
-        hidden[:, 0] = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, 0.0]) * (1.0 if side == "student" else -1.0)
-        weight = torch.zeros_like(case.tensors[f"{side}_weight"])
-        weight[3, 0], weight[7, 0] = 1e4, -1e4
-        case.tensors[f"{side}_input"], case.tensors[f"{side}_weight"] = hidden, weight.detach()
-    case.tensors["student_input"].requires_grad_()
-    case.tensors["student_weight"].requires_grad_()
-    check(case)
+    check(one_hot_case(divergence))
 
 
 @pytest.mark.parametrize("token", [0, 31, 128, 255, 256])

@@ -376,8 +376,7 @@ KDFLOW_KERNEL void cluster_rows(KDFLOW_PARAMETERS Parameters p) {
     const LogProbs ce_at(kOwnCE ? meet.ce.take(row, kLogE) : student, kLogE);
     const Row here{slice, row, label, q_at, LogProbs(teacher, exponent), ce_at};
     if (kHasLabels && label != kNoColumn && label / kWidth % KDFLOW_THREADS == thread) {
-      const Bits pair = slice.student[label / kWidth].at[label % kWidth / 2];
-      p.ce[row] = -ce_at.at(label % 2 == 0 ? lower(pair) : upper(pair)) / kLogE;
+      p.ce[row] = -ce_at.at(logit(slice.student[label / kWidth], label % kWidth)) / kLogE;
     }
 
     // 2.

@@ -84,7 +84,6 @@ KDFLOW_INLINE float sum_over(float value) {
 // Over all lanes of a warp.
 KDFLOW_INLINE int warp_min(int value) { return __reduce_min_sync(~0U, value); }
 
-KDFLOW_INLINE Bits bits(float value) { return __float_as_uint(value); }
 KDFLOW_INLINE float from_bits(Bits value) { return __uint_as_float(value); }
 
 // 2^x and log2(x): one instruction of the special-function unit each; see jit_math.py for what they are good to.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -99,30 +100,30 @@ class Function:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """NVRTC: the one torch has loaded, else the one in the environment's packages."""
+    """NVRTC: the one in the environment's packages, which is torch's, else whichever is found by its name."""
     import torch
 
     cuda = torch.version.cuda
     majors = [cuda.split(".")[0]] if cuda else ["13", "12"]
     for major in majors:
-        # What some releases of NVRTC open by name alone, where nobody would look for it.
-        for builtins in _installed(f"libnvrtc-builtins.so.{major}.*"):
-            ctypes.CDLL(builtins)
-        for candidate in (f"libnvrtc.so.{major}", *_installed(f"libnvrtc.so.{major}")):
-            try:
-                return ctypes.CDLL(candidate)
-            except OSError:
-                continue
+        name = f"libnvrtc.so.{major}"
+        for library in _installed(name):
+            # What some releases open by name alone, where nobody would look for it.
+            for builtins in library.parent.glob(f"libnvrtc-builtins.so.{major}.*"):
+                ctypes.CDLL(str(builtins))
+            return ctypes.CDLL(str(library))
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(name)
     raise OSError(
         f"no NVRTC library (libnvrtc.so.{' or .'.join(majors)}); CUDA builds of torch bring it along, "
         "elsewhere pip install nvidia-cuda-nvrtc"
     )
 
 
-def _installed(pattern: str) -> list[str]:
-    """Libraries of NVIDIA's packages in this environment."""
+def _installed(name: str) -> list[Path]:
+    """A library of NVIDIA's packages in this environment."""
     folders = (Path(folder) / "nvidia" for folder in sys.path)
-    return [str(found) for folder in folders if folder.is_dir() for found in sorted(folder.glob(f"*/lib/{pattern}"))]
+    return [found for folder in folders if folder.is_dir() for found in sorted(folder.glob(f"*/lib/{name}"))]
 
 
 @functools.cache

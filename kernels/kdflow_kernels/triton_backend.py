@@ -135,13 +135,17 @@ class _Run:
         self.layout = layout(items, self.columns, self.num_processors)
         block = self.layout.block
         self.padded = -(-self.columns // block) * block + STAGGER
+        self.teacher_columns, self.teacher_width = problem.num_compared, self.padded
+        if teacher is not None and teacher.token_ids is not None and problem.student.token_ids is not None:
+            self.teacher_columns = teacher.weight.shape[0]
+            self.teacher_width = max(self.padded, -(-self.teacher_columns // 64) * 64 + STAGGER)
         self.group_rows = plan_groups(self.num_rows, self.padded * self.dtype.itemsize)
         if problem.vocab_parallel is not None:  # the same in all ranks, whatever their parts
             self.group_rows = min(self.num_rows, 2 * CHUNK_ROWS)
         if self.filtering:
             self.group_rows = min(self.group_rows, problem.chunk_size or self.group_rows)
         # The kernel counts in 32 bits inside a block of rows.
-        most = max(1, (2**31 - 1) // max(self.padded, 1))
+        most = max(1, (2**31 - 1) // max(self.teacher_width, 1))
         self.chunk_rows = min(problem.chunk_size or CHUNK_ROWS * 2 // items, self.group_rows, most)
         if not self.needs:
             self.group_rows = self.chunk_rows
@@ -212,15 +216,11 @@ class _Run:
         self.teacher_ids = None
         if problem.teacher is not None:
             dtype = _logits_dtype(problem.teacher.weight.dtype)
-            ids, self.teacher_columns = problem.teacher.token_ids, problem.num_compared
+            ids = problem.teacher.token_ids
             if ids is not None and problem.student.token_ids is not None:
-                self.teacher_columns = problem.teacher.weight.shape[0]
                 self.teacher_ids = torch.full((self.columns,), -1, dtype=torch.int32, device=self.device)
                 self.teacher_ids[problem.student.token_ids] = ids.to(torch.int32)
-            width = self.padded
-            if self.teacher_columns > width:
-                width = -(-self.teacher_columns // 64) * 64 + STAGGER
-            self.teacher_logits = logits(self.chunk_rows, width, dtype)
+            self.teacher_logits = logits(self.chunk_rows, self.teacher_width, dtype)
         self.active = None
         if self.filtering:
             self.active = torch.empty(self.columns, dtype=torch.int8, device=self.device)

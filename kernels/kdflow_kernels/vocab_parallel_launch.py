@@ -40,7 +40,7 @@ class VocabParallelLauncher(RowLauncher):
                     launch(row_kernel, self._grid(chunk), {**whole, **changed})
 
         own = self.row_scale.new_zeros((11, num_rows))
-        own[[0, 4, 8]] = -torch.inf  # what a rank without columns says
+        own[0:9:4] = -torch.inf  # what a rank without columns says
         run({"STAGE": "own", "statistics": own, **NO_GRADIENT, **NO_DIVERGENCE})
         given = self._whole(chunk, own, terms)
         of_given = {"STAGE": "given", "statistics": given}
@@ -65,7 +65,7 @@ class VocabParallelLauncher(RowLauncher):
         """The statistics of all columns, (7, c), as row_kernel takes them; writes the terms that follow from them."""
         parallel, labels = self._parallel(), self.problem.labels
         owned = torch.zeros_like(own[0]) if labels is None else (labels[chunk] >= 0).to(own.dtype)
-        own[[3, 7]] += parallel.start
+        own[3:8:4] += parallel.start
         gathered = parallel.gather(torch.cat((own, owned.unsqueeze(0))))
         temperature = self.problem.temperature
         top_s, log_sum_s, entropy_s, first_s = _merge(gathered[:, 0:4], temperature)

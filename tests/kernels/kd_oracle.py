@@ -29,20 +29,15 @@ def jsd(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
 
 
 def adaptive(log_p: Tensor, log_q: Tensor, alpha: float = 0.5) -> Tensor:
-    losses = []
-    for lp, lq in zip(log_p, log_q, strict=True):
-        p, q = lp.exp(), lq.exp()
-        mass, tail = 0.0, []
-        for v in p.argsort().tolist():
-            mass += p[v].item()
-            if mass <= alpha:
-                tail.append(v)
-        gap = (p - q).abs().detach()
-        g_tail = gap[tail].sum()
-        g_head = gap.sum() - g_tail
-        both = (g_head + g_tail).clamp(min=torch.finfo(p.dtype).tiny)  # 0 / 0 where p is q
-        losses.append((g_head * kl(lp, lq) + g_tail * kl(lq, lp)) / both)
-    return torch.stack(losses) if losses else log_q.sum(-1)
+    p, q = log_p.exp(), log_q.exp()
+    order = p.argsort(-1)
+    in_order = p.gather(-1, order).double().cumsum(-1) <= alpha
+    is_tail = torch.zeros_like(in_order).scatter(-1, order, in_order)
+    gap = (p - q).abs().detach()
+    g_tail = gap.where(is_tail, 0.0).sum(-1)
+    g_head = gap.sum(-1) - g_tail
+    both = (g_head + g_tail).clamp(min=torch.finfo(p.dtype).tiny)  # 0 / 0 where p is q
+    return (g_head * kl(log_p, log_q) + g_tail * kl(log_q, log_p)) / both
 
 
 def ranking(log_p: Tensor, log_q: Tensor, top_k: int = 5) -> Tensor:

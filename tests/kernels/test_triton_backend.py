@@ -9,6 +9,7 @@ import pytest
 import torch
 from kd_oracle import Case, ours
 from test_fused_kd_loss import FACTORS, covering_case, describe, make, one_hot_case, pairwise
+from torch import Tensor
 
 from kdflow_kernels import (
     Divergence,
@@ -19,6 +20,7 @@ from kdflow_kernels import (
     list_divergences,
     triton_backend,
 )
+from kdflow_kernels.problem import GradientNeeds, Head, Problem
 
 pytest.importorskip("triton")
 
@@ -218,6 +220,29 @@ def test_fp16_gradients_survive_until_the_loss_scale():
     (scaled,) = torch.autograd.grad(loss, case.tensors["student_weight"])
     _, truth = ours(make(num_items=1e7 / 2**20).to(DEVICE), torch.float64, "torch")
     torch.testing.assert_close(scaled.double(), truth["student_weight"], rtol=1e-2, atol=1e-4)
+
+
+def test_a_teacher_much_wider_than_the_student_stays_within_32_bits():
+    def head(vocab_size: int, paired: Tensor) -> Head:
+        hidden, weight = torch.zeros(1, 1).expand(16384, 8), torch.zeros(1, 1).expand(vocab_size, 8)
+        return Head(hidden, weight, None, 1.0, None, paired)
+
+    problem = Problem(
+        student=head(32_000, torch.arange(100)),
+        teacher=head(262_144, torch.arange(100)),
+        labels=None,
+        row_scale=torch.ones(16384),
+        num_compared=100,
+        divergence=get_divergence("forward_kl"),
+        temperature=1.0,
+        kd_weight=1.0,
+        ce_weight=0.0,
+        chunk_size=16384,
+        grad_filter_eps=0.0,
+    )
+    run = triton_backend._Run(problem, GradientNeeds(False, False, False))
+    assert run.teacher_width >= 262_144
+    assert run.chunk_rows * run.teacher_width < 2**31
 
 
 @dataclass(frozen=True)

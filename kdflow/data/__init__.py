@@ -6,7 +6,6 @@ from kdflow.data.dataset import Dataset, load_datasets
 from kdflow.data.mixture import Mixture, apportion
 from kdflow.data.packing import Step, pack_step, training_steps
 from kdflow.data.report import DatasetReport
-from kdflow.data.sources import load_rows
 
 __all__ = [
     "ChatTokenizer",
@@ -17,7 +16,6 @@ __all__ = [
     "apportion",
     "balance",
     "load_datasets",
-    "load_rows",
     "pack_step",
     "training_steps",
 ]

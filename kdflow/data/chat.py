@@ -17,6 +17,8 @@ from kdflow.types import Sample
 
 Message = dict[str, Any]
 _USUAL_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
+# A template is a program: on a row that it was not made for it fails as programs do.
+_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,6 @@ class ChatTokenizer:
         ]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
-    def encode(self, messages: Sequence[Message], sample_id: int) -> Sample:
-        """One conversation as a sample.
-
-        Raises:
-            DataError: as `render`.
-        """
-        (sample,) = self.tokenize([self.render(messages)], [sample_id])
-        return sample
-
     def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Chat:
         """The conversation as the template writes it.
 
@@ -96,7 +89,7 @@ class ChatTokenizer:
             raise DataError(f"no {' or '.join(sorted(self._loss_roles))} turn (it has {roles})")
         text = self._render(messages, tools)
         for message in messages:
-            if message["role"] not in _USUAL_ROLES and str(message["content"]).strip() not in text:
+            if message["role"] not in _USUAL_ROLES and message["content"].strip() not in text:
                 raise DataError(f"the chat template leaves out what role {message['role']!r} says")
         if self._loss_turns == "last":
             turns = turns[-1:]
@@ -113,7 +106,7 @@ class ChatTokenizer:
                 # Some prompts begin the answer (with a tag of thinking), which the turn itself need not have.
                 stable = stable and begin > len(self._render(messages[:index], tools).rstrip())
         else:
-            begin = through.rfind(str(message["content"]).strip())
+            begin = through.rfind(message["content"].strip())
         if not stable or begin < 0:
             raise DataError(
                 "the chat template rewrites earlier turns: no stable loss mask (data.loss_turns=last needs it of the "
@@ -150,7 +143,7 @@ class ChatTokenizer:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except TemplateError as error:
+        except _FAILURES as error:
             raise DataError(f"the chat template refuses the messages: {error}") from None
 
 

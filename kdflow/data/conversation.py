@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,7 @@ def read_row(row: Row, teacher_context: str | None, teacher_column: str | None) 
     name = None if teacher_column is None else row.get(teacher_column)
     if name is not None and not isinstance(name, str):
         raise DataError(f"`{teacher_column}` is not text")
+    _check_characters([messages, teacher, tools, name])
     return Conversation(messages, teacher, tools or None, name or "")
 
 
@@ -69,7 +71,26 @@ def _message(message: Any, column: str) -> Message:
     message = {key: value for key, value in message.items() if value is not None}
     if not message.keys() & {"content", "tool_calls"}:
         raise DataError(f"one of `{column}` with neither `content` nor `tool_calls`")
-    return {"content": "", **message}
+    return {**message, "content": _text(message.get("content", ""), column)}
+
+
+def _text(content: Any, column: str) -> str:
+    """Of one string, or of parts that are all text, as rows have them that could also hold images."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        texts = [part.get("text") for part in content]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+    raise DataError(f"`content` of one of `{column}` is not text")
+
+
+def _check_characters(told: Any) -> None:
+    """JSON can spell one half of a character alone, which nobody can write or tokenise."""
+    try:
+        json.dumps(told, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise DataError("it holds half of a character (a lone surrogate)") from None
 
 
 def _with_system(messages: list[Message], context: str) -> list[Message]:

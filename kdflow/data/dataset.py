@@ -64,18 +64,20 @@ def load_datasets(
     shares = apportion([item.weight for item in eval_sources], config.num_eval_samples)
     if config.eval is not None:
         eval_parts = _open_parts(eval_sources, config, chat, teachers)
-        chosen = [part.only(_choose(part.store, n, seed)) for part, n in zip(eval_parts, shares, strict=True)]
+        chosen = [
+            part.only(_choose(part.store, n, seed), part.skipped) for part, n in zip(eval_parts, shares, strict=True)
+        ]
         return _dataset(sources, parts), _dataset(eval_sources, chosen)
     kept, held_out = [], []
     for item, part, count in zip(sources, parts, shares, strict=True):
         chosen = _choose(part.store, count, seed)
         if len(chosen) == len(part):
             raise DataError(
-                f"data: {item.source} has {part.report().num_rows} rows, {count} of them to be held out: give "
-                "data.eval or a smaller data.num_eval_samples"
+                f"data: {item.source} has {len(np.unique(part.store.rows()))} usable rows, {count} of them to be held "
+                "out: give data.eval or a smaller data.num_eval_samples"
             )
-        held_out.append(part.only(chosen))
-        kept.append(part.only(np.setdiff1d(part.indices, chosen)))
+        held_out.append(part.only(chosen, {}))
+        kept.append(part.only(np.setdiff1d(part.indices, chosen), part.skipped))
     return _dataset(sources, kept), _dataset(sources, held_out)
 
 
@@ -86,7 +88,7 @@ def _open_parts(
     for item in sources:
         store = _open_store(item.source, config, chat)
         teacher = teacher_of_source(item, store, config.teacher_column, teachers)
-        parts.append(_Part(store, np.arange(len(store)), first_row, teacher))
+        parts.append(_Part(store, np.arange(len(store)), first_row, teacher, store.report.skipped))
         first_row += store.report.num_rows
     return parts
 
@@ -111,16 +113,20 @@ class _Part(SampleView):
 
     Args:
         teacher: of those whose rows name none.
+        skipped: rows of the store that this part tells of, by reason.
     """
 
-    def __init__(self, store: TokenStore, indices: np.ndarray, first_row: int, teacher: str) -> None:
+    def __init__(
+        self, store: TokenStore, indices: np.ndarray, first_row: int, teacher: str, skipped: dict[str, int]
+    ) -> None:
         self.store = store
         self.indices = indices
         self.first_row = first_row
         self.teacher = teacher
+        self.skipped = skipped
 
-    def only(self, indices: np.ndarray) -> _Part:
-        return _Part(self.store, indices, self.first_row, self.teacher)
+    def only(self, indices: np.ndarray, skipped: dict[str, int]) -> _Part:
+        return _Part(self.store, indices, self.first_row, self.teacher, skipped)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -132,11 +138,7 @@ class _Part(SampleView):
         )
 
     def report(self) -> DatasetReport:
-        """Of the whole store, or of these samples' rows alone where others are left out."""
-        if len(self) == len(self.store):
-            return self.store.report
-        num_rows = len(np.unique(self.store.rows()[self.indices]))
-        return DatasetReport(num_rows, len(self), *self.store.count(self.indices), num_truncated=0, skipped={})
+        return self.store.report_of(self.indices, self.skipped)
 
 
 def _open_store(name: str, config: DataConfig, chat: ChatTokenizer) -> TokenStore:
@@ -163,9 +165,12 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 def tokenize_rows(
-    rows: Iterable[Row], chat: ChatTokenizer, config: DataConfig, source: str, add: Callable[[Sample], object]
+    rows: Iterable[Row], chat: ChatTokenizer, config: DataConfig, source: str, add: Callable[[Sample, bool], object]
 ) -> DatasetReport:
     """Tokenises rows and hands them to `add`, some at a time; those that cannot enter the loss are skipped and counted.
+
+    Args:
+        add: gets each sample, and whether its row was longer than `max_length`.
 
     Raises:
         DataError: there are no rows, or none can be used.
@@ -173,8 +178,8 @@ def tokenize_rows(
     work = _Work(chat, config)
     numbered = enumerate(rows)
     while chunk := list(islice(numbered, _ROWS_AT_A_TIME)):
-        for sample in work.samples(chunk):
-            add(sample)
+        for sample, truncated in work.samples(chunk):
+            add(sample, truncated)
     report = work.report()
     if report.num_rows == 0:
         raise DataError(f"data: {source} holds no rows")
@@ -202,7 +207,7 @@ class _Work:
         self._skipped: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
 
-    def samples(self, chunk: Sequence[tuple[int, Row]]) -> Iterator[Sample]:
+    def samples(self, chunk: Sequence[tuple[int, Row]]) -> Iterator[tuple[Sample, bool]]:
         rendered = list(self._rendered(chunk))
         # The student's text of each, then the teacher's of those that have one of their own.
         chats = [r.student for r in rendered] + [r.own for r in rendered if r.own is not None]
@@ -217,12 +222,13 @@ class _Work:
             except DataError as error:
                 self._skipped[str(error)] += 1
                 continue
-            self._counts["truncated"] += whole.longest > self._config.max_length
+            truncated = whole.longest > self._config.max_length
+            self._counts["truncated"] += truncated
             for piece in pieces:
                 self._counts["samples"] += 1
                 self._counts["tokens"] += len(piece)
                 self._counts["loss_tokens"] += piece.num_loss_tokens
-                yield replace(piece, teacher_name=row.teacher_name)
+                yield replace(piece, teacher_name=row.teacher_name), truncated
 
     def _rendered(self, chunk: Sequence[tuple[int, Row]]) -> Iterator[_Rendered]:
         for number, row in chunk:

@@ -6,12 +6,13 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kdflow.errors import DataError
 
@@ -43,18 +44,6 @@ class Source:
             for row in self.rows():
                 digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         return digest.hexdigest()
-
-
-def load_rows(source: str) -> list[Row]:
-    """All rows of `source` at once.
-
-    Raises:
-        DataError: as `open_source`; or there are no rows.
-    """
-    rows = list(open_source(source).rows())
-    if not rows:
-        raise DataError(f"data: {source} holds no rows")
-    return rows
 
 
 def open_source(source: str) -> Source:
@@ -105,11 +94,9 @@ def _from_json(path: Path) -> Iterator[Row]:
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8") as text:
-            if path.suffix == ".json" and text.read(1) == "[":
-                text.seek(0)
+            if path.suffix == ".json" and _is_array(text):
                 yield from (_object(row, f"{path}: row {number}") for number, row in enumerate(json.load(text), 1))
                 return
-            text.seek(0)
             for number, line in enumerate(text, 1):
                 if line.strip():
                     try:
@@ -122,6 +109,13 @@ def _from_json(path: Path) -> Iterator[Row]:
         raise DataError(f"data: {path}: not a whole gzip file: {error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"data: {path}: not UTF-8: {error}") from None
+
+
+def _is_array(text: TextIO) -> bool:
+    """Whether the first thing in it opens an array; it is at its beginning again then."""
+    first = next((line.lstrip()[0] for line in text if line.strip()), "")
+    text.seek(0)
+    return first == "["
 
 
 def _object(row: Any, where: str) -> Row:
@@ -145,10 +139,11 @@ def _from_parquet(path: Path) -> Iterator[Row]:
 
 
 def _from_function(path: Path, name: str) -> Iterator[Row]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # Under its path, which no other module can have for a name.
+    spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not name or not callable(vars(module).get(name)):
         functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]

@@ -4,20 +4,22 @@ A store is a folder of flat arrays that is written once and then only read, by a
 
     input_ids.bin, loss_mask.bin                     int32 and bool, the samples one after another
     teacher_input_ids.bin, teacher_loss_mask.bin     the same of what the teacher alone reads; most often empty
-    index.bin                                        (num_samples, 5) int64: ends of both sides, row, loss tokens,
-                                                     number of the teacher that the row names
+    index.bin                                        (num_samples, 6) int64: ends of both sides, row, loss tokens,
+                                                     number of the teacher that the row names, whether it was truncated
     report.json                                      also the names of these teachers
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar, overload
@@ -28,9 +30,10 @@ from kdflow.data.report import DatasetReport
 from kdflow.errors import DataError
 from kdflow.types import Sample
 
-FORMAT = 2
-_FIELDS = 5
+FORMAT = 3
+_FIELDS = 6
 _SIDES = ("", "teacher_")
+_DRAFT = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{32}")  # the key that it will have, and a name of its own
 T = TypeVar("T")
 
 
@@ -71,14 +74,15 @@ class StoreWriter:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: Sample, truncated: bool) -> None:
         for side, part in enumerate((sample, sample.teacher)):
             if part is not None:
                 self._put(2 * side, part.input_ids.astype(np.int32))
                 self._put(2 * side + 1, part.loss_mask.astype(bool))
                 self._ends[side] += len(part)
         teacher = self._teachers.setdefault(sample.teacher_name, len(self._teachers))
-        entry = np.array([*self._ends, sample.sample_id, sample.num_loss_tokens, teacher], np.int64).tobytes()
+        numbers = [*self._ends, sample.sample_id, sample.num_loss_tokens, teacher, truncated]
+        entry = np.array(numbers, np.int64).tobytes()
         self._digest.update(entry + sample.teacher_name.encode())
         self._index.write(entry)
 
@@ -133,13 +137,20 @@ class TokenStore(SampleView):
         _, first = np.unique(self._index[:, 4], return_index=True)
         return {name: int(self._index[at, 2]) for name, at in zip(self._teachers, first, strict=True)}
 
-    def count(self, indices: np.ndarray) -> tuple[int, int]:
-        """Tokens of some samples, and how many of them are in the loss."""
-        lengths = np.diff(self._index[:, 0], prepend=0)
-        return int(lengths[indices].sum()), int(self._index[indices, 3].sum())
+    def report_of(self, indices: np.ndarray, skipped: dict[str, int]) -> DatasetReport:
+        """What became of the rows of some samples, and of those that were skipped."""
+        rows, truncated = self._index[indices, 2], self._index[indices, 5] > 0
+        return DatasetReport(
+            num_rows=len(np.unique(rows)) + sum(skipped.values()),
+            num_samples=len(indices),
+            num_tokens=int(np.diff(self._index[:, 0], prepend=0)[indices].sum()),
+            num_loss_tokens=int(self._index[indices, 3].sum()),
+            num_truncated=len(np.unique(rows[truncated])),
+            skipped=skipped,
+        )
 
     def get(self, index: int) -> Sample:
-        *ends, row, _, teacher_number = self._index[index].tolist()
+        *ends, row, _, teacher_number, _ = self._index[index].tolist()
         name = self._teachers[teacher_number]
         begins = self._index[index - 1].tolist()[:2] if index else (0, 0)
         student, teacher = (
@@ -168,22 +179,55 @@ def open_or_write(cache: Path, key: str, write: Callable[[StoreWriter], DatasetR
     Raises:
         DataError: the folder cannot be written.
     """
-    folder, draft = cache / key, cache / f"{key}.{uuid.uuid4().hex}"
+    folder = cache / key
     if not folder.exists():
+        with _draft(cache, key) as draft:
+            try:
+                with StoreWriter(draft) as writer:
+                    report = write(writer)
+                values = {**asdict(report), "digest": writer.digest(), "teachers": writer.teachers()}
+                (draft / "report.json").write_text(json.dumps(values), encoding="utf-8")
+                os.rename(draft, folder)
+            except OSError as error:
+                if not folder.exists():
+                    raise DataError(f"data.cache_dir: writing {folder} failed: {error}") from None
+    return TokenStore(folder)
+
+
+@contextmanager
+def _draft(cache: Path, key: str) -> Iterator[Path]:
+    """A folder to be filled and renamed; at the end nothing of it is left.
+
+    It is locked before it is there. The kernel unlocks it when its process is killed, so whoever finds one without a
+    lock may remove it, and does before it writes.
+    """
+    draft = cache / f"{key}.{uuid.uuid4().hex}"
+    with ExitStack() as stack:
         try:
             cache.mkdir(parents=True, exist_ok=True)
+            _remove_drafts_of_the_dead(cache)
+            lock = stack.enter_context(_lock_of(draft).open("w"))
+            stack.callback(_remove, draft)
+            with suppress(OSError):  # a filesystem without locks: nobody else removes a draft there
+                fcntl.flock(lock, fcntl.LOCK_EX)
             draft.mkdir()
         except OSError as error:
             raise DataError(f"data.cache_dir: {cache} cannot be written: {error}; choose another folder") from None
-        try:
-            with StoreWriter(draft) as writer:
-                report = write(writer)
-            values = {**asdict(report), "digest": writer.digest(), "teachers": writer.teachers()}
-            (draft / "report.json").write_text(json.dumps(values), encoding="utf-8")
-            os.rename(draft, folder)
-        except OSError as error:
-            if not folder.exists():
-                raise DataError(f"data.cache_dir: writing {folder} failed: {error}") from None
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-    return TokenStore(folder)
+        yield draft
+
+
+def _remove_drafts_of_the_dead(cache: Path) -> None:
+    for draft in [path for path in cache.iterdir() if _DRAFT.fullmatch(path.name)]:
+        with suppress(OSError), _lock_of(draft).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(draft)
+
+
+def _lock_of(draft: Path) -> Path:
+    return draft.with_name(f"{draft.name}.lock")
+
+
+def _remove(draft: Path) -> None:
+    """The lock last: while there is a draft, there is its lock."""
+    shutil.rmtree(draft, ignore_errors=True)
+    _lock_of(draft).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from kdflow.modeling.loading import (
     load_model_config,
     load_tokenizer,
     map_causal_lm,
+    resolve_model,
 )
 from kdflow.modeling.placement import resolve_device, resolve_dtype, to_device
 from kdflow.modeling.prune import prune_layers
@@ -38,5 +39,6 @@ __all__ = [
     "prune_layers",
     "resolve_device",
     "resolve_dtype",
+    "resolve_model",
     "to_device",
 ]

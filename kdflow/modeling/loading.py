@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers.utils.logging as transformers_logging
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -31,8 +32,8 @@ def hide_progress_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _source(model: str) -> str:
-    """`~` is the home folder, as in a shell."""
+def resolve_model(model: str) -> str:
+    """A folder or hub id as others take it: `~` is the home folder, as in a shell."""
     return str(Path(model).expanduser()) if model.startswith("~") else model
 
 
@@ -43,7 +44,7 @@ def load_model_config(model: str) -> Any:
         ConfigError: neither exists.
     """
     try:
-        return AutoConfig.from_pretrained(_source(model))
+        return AutoConfig.from_pretrained(resolve_model(model))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model: {model} is no folder with a config.json and no hub id that can be reached "
@@ -58,7 +59,7 @@ def load_tokenizer(model: str) -> Any:
         ConfigError: neither exists.
     """
     try:
-        return AutoTokenizer.from_pretrained(_source(model))
+        return AutoTokenizer.from_pretrained(resolve_model(model))
     except (OSError, ValueError) as error:
         raise ConfigError(f"tokenizer of {model}: {str(error).splitlines()[0]}") from None
 
@@ -95,7 +96,7 @@ def map_causal_lm(model: str, like: Any) -> Any:
 def _stored_dtype(model: str) -> torch.dtype:
     """Of all tensors of a model; float32 where they differ, or cannot be looked at without being read."""
     try:
-        files = _tensor_files(_source(model))
+        files = _tensor_files(resolve_model(model))
         names = {"BF16": torch.bfloat16, "F16": torch.float16}
         found = set()
         for path in set(files.values()):
@@ -129,7 +130,7 @@ def _load(auto_class: Any, model: str, dtype: torch.dtype, **options: Any) -> An
     load_model_config(model)
     try:
         loaded = auto_class.from_pretrained(
-            _source(model), dtype=dtype, attn_implementation=PACKED_ATTENTION, **options
+            resolve_model(model), dtype=dtype, attn_implementation=PACKED_ATTENTION, **options
         )
     except (OSError, SafetensorError) as error:
         raise _unreadable(model, error) from None
@@ -156,7 +157,7 @@ def load_lm_head(model: str, dtype: torch.dtype) -> LMHead:
 
 def _read_lm_head(model: str, dtype: torch.dtype) -> LMHead:
     config = load_model_config(model)
-    files = _tensor_files(_source(model))
+    files = _tensor_files(resolve_model(model))
     quantised = [f"{n}.{part}" for n in _HEAD_NAMES for part in _QUANTISED if f"{n}.{part}" in files]
     if quantised:
         raise ConfigError(
@@ -189,7 +190,7 @@ def _read_lm_head(model: str, dtype: torch.dtype) -> LMHead:
 
 def load_final_norm(model: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """The RMS norm before the head as a function of float32 rows; None where the model has none that is known."""
-    files = _tensor_files(_source(model))
+    files = _tensor_files(resolve_model(model))
     names = [n for n in files if n.endswith(_FINAL_NORM_SUFFIXES) and "layers." not in n]
     if len(names) != 1:
         return None
@@ -204,8 +205,14 @@ def _read(path: str, name: str) -> torch.Tensor:
 
 
 def _tensor_files(model: str) -> dict[str, str]:
-    """Which file of the model holds which tensor."""
-    index = _file(model, "model.safetensors.index.json")
+    """Which file of the model holds which tensor.
+
+    Raises:
+        ConfigError: it has no safetensors, not all of them, or they are out of reach.
+    """
+    index = None
+    with suppress(ConfigError):  # out of reach: a model of one file has no index, in the cache neither
+        index = _file(model, "model.safetensors.index.json")
     if index is not None:
         names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         paths = {shard: _file(model, shard) for shard in set(names.values())}
@@ -220,11 +227,17 @@ def _tensor_files(model: str) -> dict[str, str]:
 
 
 def _file(model: str, name: str) -> str | None:
-    """Path of one file of a folder or hub id, None where the model has no such file."""
+    """Path of one file of a folder or hub id, None where the model has no such file.
+
+    Raises:
+        ConfigError: the hub is out of reach, and the file not in the cache.
+    """
     if Path(model).is_dir():
         path = Path(model, name)
         return str(path) if path.is_file() else None
     try:
         return hf_hub_download(model, name)
+    except LocalEntryNotFoundError as error:
+        raise _unreadable(model, error) from None
     except EntryNotFoundError:
         return None

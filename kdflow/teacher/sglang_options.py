@@ -6,14 +6,13 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdflow.config import TeacherConfig
 from kdflow.errors import ConfigError
-from kdflow.modeling import resolve_device
+from kdflow.modeling import resolve_device, resolve_model
 from kdflow.teacher import sglang_plugin
 
 TRIED = ("0.5.18", "0.5.21", "0.5.23")  # the first is the oldest that is accepted
@@ -65,7 +64,7 @@ def engine_options(
         ConfigError: there are not as many GPUs as it takes.
     """
     options: dict[str, Any] = {
-        "model_path": str(Path(config.model).expanduser()),
+        "model_path": resolve_model(config.model),
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "tp_size": config.tp_size,

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdflow.errors import RingTimeout, TransportError
+from kdflow.errors import PeerDied, TransportError
 from kdflow.tracing import OFF, Trace, open_shared_trace
 from kdflow.transport import CudaRing, CudaWriteSlot, HiddenRing, WriteSlot, attach_hidden_ring
 
@@ -175,12 +175,18 @@ class Capture:
         trace.phase()
 
     def _reserve(self, errand: Errand, device: torch.device) -> WriteSlot | CudaWriteSlot | None:
-        """The slot, or None where somebody else has the ticket or has answered it: it was asked for twice."""
+        """The slot, or None where nobody waits for it from us: the student has left, or somebody else has the ticket
+        or has answered it, as it was asked for twice.
+        """
+        ring = self._ring(errand, device)
         try:
-            return self._ring(errand, device).reserve(errand.ticket)
-        except RingTimeout:
-            raise
-        except TransportError:
+            return ring.reserve(errand.ticket)
+        except PeerDied:
+            return None
+        except TransportError as error:
+            # A refusal is of no other kind, and names the ticket; all else is a failure of the ring or the device.
+            if type(error) is not TransportError or error.ticket is None:
+                raise
             return None
 
     def _ring(self, errand: Errand, device: torch.device) -> HiddenRing | CudaRing:

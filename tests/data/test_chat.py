@@ -5,6 +5,7 @@ import pytest
 
 from kdflow.data import ChatTokenizer
 from kdflow.errors import DataError
+from kdflow.types import Microbatch, Sample
 from support.tiny import make_conversations, make_tokenizer
 
 TURNS = [
@@ -21,12 +22,17 @@ def tokenizer():
     return make_tokenizer("One Two First Second answer. Be brief." * 9)
 
 
+def encode(chat: ChatTokenizer, messages: list[dict], sample_id: int = 0) -> Sample:
+    (sample,) = chat.tokenize([chat.render(messages)], [sample_id])
+    return sample
+
+
 def said(sample, tokenizer) -> str:
     return tokenizer.decode(sample.input_ids[sample.loss_mask])
 
 
 def test_only_assistant_turns_enter_the_loss(tokenizer) -> None:
-    sample = ChatTokenizer(tokenizer).encode(TURNS, 3)
+    sample = encode(ChatTokenizer(tokenizer), TURNS, 3)
     assert said(sample, tokenizer) == "First answer.<|im_end|>Second answer.<|im_end|>"
     assert sample.sample_id == 3
     whole = tokenizer.apply_chat_template(TURNS, tokenize=False)
@@ -34,9 +40,7 @@ def test_only_assistant_turns_enter_the_loss(tokenizer) -> None:
 
 
 def test_the_row_before_the_answer_predicts_its_first_token(tokenizer) -> None:
-    from kdflow.types import Microbatch
-
-    sample = ChatTokenizer(tokenizer).encode(TURNS, 0)
+    sample = encode(ChatTokenizer(tokenizer), TURNS)
     microbatch = Microbatch.pack([sample, sample])
     labels = microbatch.shift_labels()
     assert tokenizer.decode(labels) == 2 * "First answer.<|im_end|>Second answer.<|im_end|>"
@@ -46,14 +50,14 @@ def test_the_row_before_the_answer_predicts_its_first_token(tokenizer) -> None:
 
 def test_no_assistant_turn(tokenizer) -> None:
     with pytest.raises(DataError, match=r"no assistant turn \(it has system, user\)"):
-        ChatTokenizer(tokenizer).encode(TURNS[:2], 0)
+        encode(ChatTokenizer(tokenizer), TURNS[:2])
 
 
 def test_template_that_rewrites_history(tokenizer) -> None:
     tokenizer = make_tokenizer("abc " * 20)
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(DataError, match="rewrites earlier turns"):
-        ChatTokenizer(tokenizer).encode(TURNS, 0)
+        encode(ChatTokenizer(tokenizer), TURNS)
 
 
 def test_no_template(tokenizer) -> None:
@@ -64,28 +68,26 @@ def test_no_template(tokenizer) -> None:
 
 
 def test_shift_labels_are_int64(tokenizer) -> None:
-    from kdflow.types import Microbatch
-
-    sample = ChatTokenizer(tokenizer).encode(TURNS, 0)
+    sample = encode(ChatTokenizer(tokenizer), TURNS)
     assert Microbatch.pack([sample]).shift_labels().dtype == np.int64
 
 
 def test_the_last_turn_alone(tokenizer) -> None:
-    sample = ChatTokenizer(tokenizer, loss_turns="last").encode(TURNS, 0)
+    sample = encode(ChatTokenizer(tokenizer, loss_turns="last"), TURNS)
     assert said(sample, tokenizer) == "Second answer.<|im_end|>"
 
 
 def test_other_roles_enter_the_loss_without_their_headers(tokenizer) -> None:
     chat = ChatTokenizer(tokenizer, loss_roles=["user", "system"])
-    assert said(chat.encode(TURNS, 0), tokenizer) == "Be brief.<|im_end|>One?<|im_end|>Two?<|im_end|>"
+    assert said(encode(chat, TURNS), tokenizer) == "Be brief.<|im_end|>One?<|im_end|>Two?<|im_end|>"
     both = ChatTokenizer(tokenizer, loss_roles=["user", "assistant"], loss_turns="last")
-    assert said(both.encode(TURNS, 0), tokenizer) == "Second answer.<|im_end|>"
-    assert said(both.encode(TURNS[:4], 0), tokenizer) == "Two?<|im_end|>"
+    assert said(encode(both, TURNS), tokenizer) == "Second answer.<|im_end|>"
+    assert said(encode(both, TURNS[:4]), tokenizer) == "Two?<|im_end|>"
 
 
 def test_role_that_no_row_has(tokenizer) -> None:
     with pytest.raises(DataError, match=r"no asistant turn \(it has assistant, system, user\)"):
-        ChatTokenizer(tokenizer, loss_roles=["asistant"]).encode(TURNS, 0)
+        encode(ChatTokenizer(tokenizer, loss_roles=["asistant"]), TURNS)
 
 
 def test_prompt_that_begins_the_answer() -> None:
@@ -93,8 +95,8 @@ def test_prompt_that_begins_the_answer() -> None:
     assert isinstance(tokenizer.chat_template, str)
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
     thought = [TURNS[1], {"role": "assistant", "content": "<think>\nHm.</think>First."}]
-    assert said(ChatTokenizer(tokenizer).encode(thought, 0), tokenizer) == "Hm.</think>First.<|im_end|>"
-    assert said(ChatTokenizer(tokenizer).encode(TURNS[:3], 0), tokenizer) == "First answer.<|im_end|>"
+    assert said(encode(ChatTokenizer(tokenizer), thought), tokenizer) == "Hm.</think>First.<|im_end|>"
+    assert said(encode(ChatTokenizer(tokenizer), TURNS[:3]), tokenizer) == "First answer.<|im_end|>"
 
 
 def test_the_last_turn_survives_a_template_that_rewrites_earlier_ones() -> None:
@@ -104,8 +106,8 @@ def test_the_last_turn_survives_a_template_that_rewrites_earlier_ones() -> None:
         "{{ m.content }}{% endif %}{% endfor %}"
     )
     with pytest.raises(DataError, match=r"rewrites earlier turns.*loss_turns=last"):
-        ChatTokenizer(tokenizer).encode(TURNS, 0)
-    sample = ChatTokenizer(tokenizer, loss_turns="last").encode(TURNS, 0)
+        encode(ChatTokenizer(tokenizer), TURNS)
+    sample = encode(ChatTokenizer(tokenizer, loss_turns="last"), TURNS)
     assert said(sample, tokenizer) == "Second answer."
 
 
@@ -140,11 +142,14 @@ def test_roles_that_the_template_does_not_know(tokenizer) -> None:
         "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ m.content }}{% endif %}{% endfor %}"
     )
     with pytest.raises(DataError, match="leaves out what role 'narrator' says"):
-        ChatTokenizer(strict).encode([{"role": "narrator", "content": "Once."}, *TURNS[1:3]], 0)
+        encode(ChatTokenizer(strict), [{"role": "narrator", "content": "Once."}, *TURNS[1:3]])
     strict.chat_template = "{{ raise_exception('only user and assistant') }}"
     with pytest.raises(DataError, match="refuses the messages: only user and assistant"):
-        ChatTokenizer(strict).encode(TURNS, 0)
-    narrated = ChatTokenizer(tokenizer).encode([{"role": "narrator", "content": "Once."}, *TURNS[1:3]], 0)
+        encode(ChatTokenizer(strict), TURNS)
+    strict.chat_template = "{{ messages[0].content + 1 }}"
+    with pytest.raises(DataError, match="refuses the messages: can only concatenate str"):
+        encode(ChatTokenizer(strict), TURNS)
+    narrated = encode(ChatTokenizer(tokenizer), [{"role": "narrator", "content": "Once."}, *TURNS[1:3]])
     assert "narrator\nOnce." in tokenizer.decode(narrated.input_ids)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from kdflow.data.report import DatasetReport
 from kdflow.data.store import StoreWriter, open_or_write
 from kdflow.errors import DataError
 from kdflow.types import Sample
+from support.ring import Child, hang
 from support.tiny import make_tokenizer
 
 TURNS = [
@@ -33,7 +36,8 @@ def tokenizer():
 
 def tokenize(rows: list[dict], tokenizer, **options) -> tuple[list[Sample], DatasetReport]:
     kept: list[Sample] = []
-    report = tokenize_rows(rows, ChatTokenizer(tokenizer), DataConfig(train="x", **options), "x", kept.append)
+    config = DataConfig(train="x", **options)
+    report = tokenize_rows(rows, ChatTokenizer(tokenizer), config, "x", lambda sample, truncated: kept.append(sample))
     return kept, report
 
 
@@ -41,7 +45,7 @@ def said(sample: Sample, tokenizer) -> str:
     return tokenizer.decode(sample.input_ids[sample.loss_mask])
 
 
-def long_row(question: str = "why " * 40, answer: str = "because", **columns) -> dict:
+def long_row(question: Any = "why " * 40, answer: str = "because", **columns) -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **columns}
 
 
@@ -96,6 +100,13 @@ def test_no_usable_row(tokenizer) -> None:
         ({"messages": [{"content": "a"}]}, "one of `messages` without `role`"),
         ({"messages": [{"role": 3, "content": "a"}]}, "one of `messages` without `role`"),
         ({"messages": [{"role": "user", "content": None}]}, "neither `content` nor `tool_calls`"),
+        (long_row(5), "`content` of one of `messages` is not text"),
+        (long_row({"a": 1}), "`content` of one of `messages` is not text"),
+        (long_row([{"type": "text", "text": "a"}, {"type": "image"}]), "`content` of one of `messages` is not text"),
+        (long_row([{"type": "text"}]), "`content` of one of `messages` is not text"),
+        (long_row("\ud83d"), "a lone surrogate"),
+        (long_row("a", teacher_messages=[{"role": "user", "content": 5}]), "`content` of one of `teacher_messages`"),
+        (long_row("a", tools=["clock"]), "the chat template refuses the messages"),
         (long_row("a", teacher_system=3), "`teacher_system` is not text"),
         (long_row("a", teacher_messages=[]), "no `teacher_messages` list"),
         (long_row("a", tools="clock"), "`tools` is not a list"),
@@ -107,6 +118,12 @@ def test_rows_that_cannot_be_used(tokenizer, row: dict, reason: str) -> None:
     ((found, count),) = report.skipped.items()
     assert reason in found
     assert count == 1
+
+
+def test_text_in_parts(tokenizer) -> None:
+    parts = [{"type": "text", "text": "wh", "image": None}, {"type": "text", "text": "y?"}]
+    (sample, other), _ = tokenize([long_row(parts), long_row("why?")], tokenizer)
+    assert same(sample, other)
 
 
 def test_context_of_the_teacher_alone(tokenizer) -> None:
@@ -216,7 +233,7 @@ def test_two_that_write_the_same_store(tmp_path: Path) -> None:
     report = DatasetReport(1, 1, 5, 2, 0, {})
 
     def write_one(writer: StoreWriter) -> DatasetReport:
-        writer.add(sample)
+        writer.add(sample, False)
         return report
 
     def write_while_another_does(writer: StoreWriter) -> DatasetReport:
@@ -227,10 +244,36 @@ def test_two_that_write_the_same_store(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
+def test_a_killed_writer_leaves_nothing_to_those_after_it(tmp_path: Path) -> None:
+    """Its draft is removed by whoever writes next, that of one who lives is not."""
+    sample = Sample(np.arange(5, dtype=np.int32), np.arange(5) > 2, 0)
+    begun, goes_on = os.pipe()
+
+    def write_one(writer: StoreWriter) -> DatasetReport:
+        writer.add(sample, False)
+        return DatasetReport(1, 1, 5, 2, 0, {})
+
+    def write_for_ever(writer: StoreWriter) -> DatasetReport:
+        os.write(goes_on, b".")
+        hang()
+        raise AssertionError
+
+    living, killed = (Child(lambda: open_or_write(tmp_path, "a" * 32, write_for_ever)) for _ in range(2))
+    assert os.read(begun, 1) + os.read(begun, 1) == b".."
+    killed.kill()
+    assert same(open_or_write(tmp_path, "b" * 32, write_one)[0], sample)
+    names = {path.name.partition(".")[0]: path for path in tmp_path.iterdir() if path.suffix != ".lock"}
+    assert set(names) == {"a" * 32, "b" * 32}
+    assert len(list(tmp_path.iterdir())) == 3, "two and a lock"
+    living.kill()
+    open_or_write(tmp_path, "c" * 32, write_one)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b" * 32, "c" * 32]
+
+
 def test_a_damaged_store(tmp_path: Path) -> None:
     def write_two(writer: StoreWriter) -> DatasetReport:
         for number in range(2):
-            writer.add(Sample(np.arange(5, dtype=np.int32), np.arange(5) > 2, number))
+            writer.add(Sample(np.arange(5, dtype=np.int32), np.arange(5) > 2, number), False)
         return DatasetReport(2, 2, 10, 4, 0, {})
 
     open_or_write(tmp_path, "key", write_two)
@@ -268,5 +311,22 @@ def test_rows_are_held_out_by_weight_and_never_trained_on(tokenizer, tmp_path: P
     assert train.report.num_rows == 22
     assert train.report.num_tokens == sum(len(s) for s in train.samples)
     assert held_out.report.num_loss_tokens == sum(s.num_loss_tokens for s in held_out.samples)
-    with pytest.raises(DataError, match=r"a\.jsonl has 20 rows, 21 of them to be held out"):
+    with pytest.raises(DataError, match=r"a\.jsonl has 20 usable rows, 21 of them to be held out"):
         load_datasets(DataConfig(sources, **{**options, "num_eval_samples": 28}), tokenizer, 5)
+
+
+@pytest.mark.parametrize("own_source", [False, True])
+def test_rows_that_are_left_out_are_told_once(tokenizer, tmp_path: Path, own_source: bool) -> None:
+    """Those that are skipped belong to the set that their source is for, those that are truncated to where they are."""
+    path, cache = tmp_path / "a.jsonl", str(tmp_path / "cache")
+    rows = [long_row("why?" if number % 2 else "why " * 40) for number in range(20)] + [{"messages": []}] * 30
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = {"num_eval_samples": 6, "eval": str(path)} if own_source else {"num_eval_samples": 6}
+    train, held_out = load_datasets(DataConfig(str(path), max_length=40, cache_dir=cache, **options), tokenizer, 0)
+    assert held_out is not None
+    for data, tells in ((train, True), (held_out, own_source)):
+        told = data.report
+        assert told.num_samples == len(data.samples) == (6 if data is held_out else 20 if own_source else 14)
+        assert told.skipped == ({"no `messages` list": 30} if tells else {})
+        assert told.num_rows == told.num_samples + 30 * tells
+        assert told.num_truncated == sum(sample.sample_id % 2 == 0 for sample in data.samples)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants as hub_constants
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from kdflow.errors import ConfigError
@@ -45,6 +46,22 @@ def test_no_safetensors(tmp_path: Path) -> None:
     make_config().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="expected safetensors files"):
         load_lm_head(str(tmp_path), torch.float32)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_weights_that_are_not_in_the_cache_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--some--model"
+    snapshot = cached / "snapshots" / ("a" * 40)
+    LlamaForCausalLM(make_config()).save_pretrained(snapshot, max_shard_size="50KB" if sharded else "5GB")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    assert load_lm_head("some/model", torch.float32).vocab_size
+    next(snapshot.glob("*.safetensors")).unlink()
+    with pytest.raises(ConfigError, match=r"its weights cannot be read .*cache.*; fetch"):
+        load_lm_head("some/model", torch.float32)
 
 
 @pytest.mark.parametrize("load", [load_tokenizer, lambda m: load_causal_lm(m, torch.float32)])

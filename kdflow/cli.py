@@ -58,14 +58,14 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", help="folder to write (default: RUN/exports/step-N)")
     options = parser.parse_args(arguments)
     from kdflow.config_file import load_config
-    from kdflow.launcher.prepare import CONFIG_FILE
+    from kdflow.launcher.prepare import CHECKPOINTS, CONFIG_FILE
     from kdflow.modeling import hide_progress_bars
     from kdflow.student import CheckpointFolder, export_checkpoint
 
     hide_progress_bars()
     run = Path(options.run)
     config = load_config(run / CONFIG_FILE)
-    checkpoint = CheckpointFolder(run / "checkpoints").find(options.checkpoint)
+    checkpoint = CheckpointFolder(run / CHECKPOINTS).find(options.checkpoint)
     output = Path(options.output) if options.output else run / "exports" / checkpoint.path.name
     export_checkpoint(checkpoint.path, config.student, output)
     print(f"{output}: step {checkpoint.info.num_steps_done} of {run}")

@@ -16,6 +16,10 @@ from kdflow.errors import ConfigError
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 
+# Of a ring, as csrc/include/kdflow/layout.hpp has it; `requests NAME` has the slots of all ranks.
+_MAX_SLOTS = 2**16
+_MAX_NAME_BYTES = 47 - len("requests ")
+
 
 @dataclass(frozen=True)
 class TeacherConfig:
@@ -357,6 +361,7 @@ class RunConfig:
             "student.replicate": 1,
             "student.context_parallel": 1,
             "student.lora.rank": 0,
+            "student.router_aux_loss_coef": 0.0,
             "data.num_eval_samples": 0,
             "data.max_length": 2,
             "training.num_steps": 0,
@@ -371,9 +376,13 @@ class RunConfig:
             "profile.num_steps": 0,
             "profile.first_step": 1,
             "optimizer.warmup_steps": 0,
+            "optimizer.eps": 0.0,
+            "optimizer.weight_decay": 0.0,
             "algorithm.kd_weight": 0.0,
             "algorithm.ce_weight": 0.0,
             "algorithm.grad_filter_eps": 0.0,
+            "algorithm.chunk_size": 1,
+            "seed": 0,
         }
         above_zero = (
             "optimizer.learning_rate",
@@ -383,15 +392,21 @@ class RunConfig:
             "transport.start_timeout_s",
         )
         for name, low in at_least.items():
-            _check(name, value := _get(self, name), value >= low, f"at least {low}")
+            value = _get(self, name)  # of some, none or a name stands for a choice by kdflow
+            _check(name, value, not isinstance(value, int | float) or value >= low, f"at least {low}")
         for name in above_zero:
             _check(name, value := _get(self, name), 0 < value < math.inf, "more than 0")
         for name in ("optimizer.min_lr_ratio", "optimizer.decay_ratio", "student.lora.dropout"):
             _check(name, part := _get(self, name), 0 <= part <= 1, "between 0 and 1")
+        betas = self.optimizer.betas
+        _check("optimizer.betas", betas, all(0 <= beta < 1 for beta in betas), "two of at least 0 and below 1")
+        _check("seed", self.seed, self.seed < 2**63, "less than 2^63")
         ranks, replicas = self.student.num_ranks, self.student.replicate
         _check("student.replicate", replicas, ranks % replicas == 0, f"a divisor of the {ranks} ranks")
         size = self.student.context_parallel
         _check("student.context_parallel", size, ranks % size == 0, f"a divisor of the {ranks} ranks")
+        slots, most = self.transport.num_slots, _MAX_SLOTS // self.student.num_data_ranks
+        _check("transport.num_slots", slots, slots <= most, f"at most {most}")
         _check_data(self.data)
         _check_teachers(self)
         if self.training.keep_best and self.data.num_eval_samples == 0:
@@ -435,6 +450,8 @@ def _check_teachers(config: RunConfig) -> None:
     for name, teacher in config.named_teachers().items():
         if not re.fullmatch(r"[\w-]*", name):
             raise ConfigError(f"teachers: expected names of letters, digits, _ and -, got {name!r}")
+        if len(name.encode()) > _MAX_NAME_BYTES:
+            raise ConfigError(f"teachers: expected names of at most {_MAX_NAME_BYTES} bytes, got {name}")
         if config.teachers and teacher.is_base:
             raise ConfigError(f"teachers.{name}.backend: base is not one of several teachers; give it as `teacher`")
         if config.teachers and not teacher.model:

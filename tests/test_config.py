@@ -61,6 +61,17 @@ def test_dump_reads_back(tmp_path: Path) -> None:
         (["--training.tokens_per_microbatch=100"], "expected at least 1024, got 100"),
         (["--student.num_ranks=9"], "training.samples_per_step: expected at least 9"),
         (["--optimizer.min_lr_ratio=2"], "between 0 and 1"),
+        (["--optimizer.betas=[0.9,1.5]"], "optimizer.betas: expected two of at least 0 and below 1"),
+        (["--optimizer.weight_decay=-1"], "optimizer.weight_decay: expected at least 0"),
+        (["--optimizer.eps=-1"], "optimizer.eps: expected at least 0"),
+        (["--algorithm.chunk_size=0"], "algorithm.chunk_size: expected at least 1, got 0"),
+        (["--student.router_aux_loss_coef=-3"], "student.router_aux_loss_coef: expected at least 0"),
+        (["--seed=-1"], "seed: expected at least 0, got -1"),
+        ([f"--seed={2**63}"], "seed: expected less than 2^63"),
+        (
+            ["--transport.num_slots=40000", "--student.num_ranks=2"],
+            "transport.num_slots: expected at most 32768, got 40000",
+        ),
         (["--training.keep_last=0"], "training.keep_last: expected at least 1"),
         (["--training.keep_best=true", "--data.num_eval_samples=0"], "data.num_eval_samples is 0"),
         (["--resume=true", "--overwrite=true"], "exclude each other"),
@@ -68,6 +79,10 @@ def test_dump_reads_back(tmp_path: Path) -> None:
         (["--teachers={math: {model: m}}"], "teacher and teachers exclude each other"),
         (["--teacher.model=", "--teachers={math: {}}"], "teachers.math.model: expected a folder or hub id"),
         (["--teacher.model=", "--teachers={a.b: {model: m}}"], "expected names of letters, digits, _ and -, got 'a.b'"),
+        (
+            ["--teacher.model=", f"--teachers={{{'é' * 20}: {{model: m}}}}"],
+            "expected names of at most 38 bytes, got éé",
+        ),
         (["--teacher.model=", "--teachers={a: {model: m, tp_size: 0}}"], "teachers.a.tp_size: expected at least 1"),
         (
             ["--teacher.backend=base", "--teacher.model="],

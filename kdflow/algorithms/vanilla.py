@@ -88,7 +88,7 @@ def _shared_vocab_size(student: ModelInfo, teacher: ModelInfo) -> int:
         raise ConfigError(
             f"algorithm vanilla: student {student.name} ({len(student.vocab)} tokens) and teacher "
             f"{teacher.name} ({len(teacher.vocab)} tokens) have different vocabularies ({differing}); "
-            "choose models of one tokenizer, or a cross-tokenizer algorithm"
+            "choose models of one tokenizer"
         )
     return min(student.vocab_size, teacher.vocab_size)
 

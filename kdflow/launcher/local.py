@@ -14,9 +14,9 @@ from typing import Any
 from kdflow import errors
 from kdflow.config import RunConfig, TeacherConfig, named
 from kdflow.errors import KdflowError, TransportError
-from kdflow.launcher.prepare import Prepared, locked_output, open_output, prepare
+from kdflow.launcher.prepare import CHECKPOINTS, Prepared, locked_output, open_output, prepare
 from kdflow.launcher.rank import RankSpec, Rings, run_rank
-from kdflow.launcher.teachers import TeacherProcess, check_teachers
+from kdflow.launcher.teachers import TeacherProcess, check_teachers, wait_ready
 from kdflow.modeling import hide_progress_bars, resolve_device
 from kdflow.teacher.worker import WorkerSpec
 from kdflow.tracing import FOLDER, merged_timeline
@@ -52,8 +52,7 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
             rings, teachers = _start_teachers(prepared, folder, say, stack)
 
         def wait_for_teachers() -> None:
-            for teacher in teachers:
-                teacher.wait_ready(config.transport.start_timeout_s)
+            wait_ready(teachers, config.transport.start_timeout_s)
 
         num_threads = share_threads(config.student.num_threads, config.student.num_ranks)
         spec = RankSpec(config, str(folder), num_threads, rings)
@@ -214,4 +213,4 @@ def share_threads(asked: int, num_processes: int) -> int:
 
 
 def _how_to_go_on(folder: Path) -> str:
-    return f"stopped; the checkpoint is in {folder / 'checkpoints'}, --resume=true goes on"
+    return f"stopped; the checkpoint is in {folder / CHECKPOINTS}, --resume=true goes on"

@@ -22,8 +22,9 @@ from kdflow.tracing import FOLDER
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
-# What a run writes into its folder, and so what `overwrite` may delete.
-RUN_ENTRIES = (CONFIG_FILE, "metrics.jsonl", "tensorboard", "wandb", "checkpoints", "logs", "model", "exports", FOLDER)
+CHECKPOINTS = "checkpoints"
+# What a run writes into its folder, and so what `overwrite` deletes; the config, by which it is known as a run's, last.
+RUN_ENTRIES = ("metrics.jsonl", "tensorboard", "wandb", CHECKPOINTS, "logs", "model", "exports", FOLDER, CONFIG_FILE)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def locked_output(config: RunConfig) -> Iterator[None]:
 
 
 def open_output(config: RunConfig) -> Path:
-    """Makes the output folder and writes the resolved config into it.
+    """Makes the output folder. A new run's config is written into it, that of a resumed one once its checkpoint fits.
 
     Raises:
         ConfigError: it holds a run and neither `resume` nor `overwrite` is set, or `resume` is
@@ -157,25 +158,34 @@ def open_output(config: RunConfig) -> Path:
     """
     folder = Path(config.output_dir)
     old = folder / CONFIG_FILE
-    if old.is_file() and config.overwrite:
+    holds_run = old.is_file() or (folder / CHECKPOINTS).is_dir()
+    if config.resume:
+        if not old.is_file():
+            raise ConfigError(f"resume: {folder} holds no run with a {CONFIG_FILE}; start without --resume")
+        _check_same_run(load_config(old), config, folder)
+    elif holds_run and not config.overwrite:
+        raise ConfigError(
+            f"output_dir: {folder} holds a run; add --resume=true to go on with it, "
+            "--overwrite=true to replace it, or choose another folder"
+        )
+    elif holds_run:
         for name in RUN_ENTRIES:
             path = folder / name
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    elif old.is_file() and config.resume:
-        _check_same_run(load_config(old), config, folder)
-    elif old.is_file():
-        raise ConfigError(
-            f"output_dir: {folder} holds a run; add --resume=true to go on with it, "
-            "--overwrite=true to replace it, or choose another folder"
-        )
-    elif config.resume:
-        raise ConfigError(f"resume: {folder} holds no run; start without --resume")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    old.write_text(dump_config(config), encoding="utf-8")
+    if not config.resume:
+        write_config(config, folder)
     return folder
+
+
+def write_config(config: RunConfig, folder: Path) -> None:
+    """The resolved config of the run in this folder, whole or not at all."""
+    aside = folder / f"{CONFIG_FILE}.writing"
+    aside.write_text(dump_config(config), encoding="utf-8")
+    aside.rename(folder / CONFIG_FILE)
 
 
 def _check_same_run(old: RunConfig, new: RunConfig, folder: Path) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from kdflow.config import RunConfig, TeacherConfig, named
-from kdflow.launcher.prepare import Prepared, prepare
+from kdflow.launcher.prepare import CHECKPOINTS, Prepared, prepare, write_config
 from kdflow.modeling import hide_progress_bars, load_lm_head, resolve_device, resolve_dtype
 from kdflow.observe import Progress, Recorder, WandbRecorder
 from kdflow.student import CheckpointStore, FSDP2Student, export_model, seed_random_state
@@ -125,7 +125,7 @@ def run_rank(
         rings = spec.rings if place == 0 else None
         student = _load_student(prepared, device)
         checkpoints = CheckpointStore(
-            folder / "checkpoints",
+            folder / CHECKPOINTS,
             student,
             data=_fingerprint(prepared),
             keep_last=config.training.keep_last,
@@ -135,6 +135,8 @@ def run_rank(
         stack.callback(checkpoints.close)
         seed_random_state(config.seed, 0, rank)
         found = checkpoints.load() if config.resume else None
+        if config.resume and rank == 0:  # only now is it known that checkpoint and config go together
+            write_config(config, folder)
         num_steps_done = found.num_steps_done if found else 0
         before_training()
         trace = stack.enter_context(open_trace(config.profile, folder, "student", rank, device, host_is_ahead=True))

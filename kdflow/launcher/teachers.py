@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import subprocess
@@ -41,12 +40,13 @@ class TeacherProcess:
         self._say = say
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
+        self._restart_failure = ""
         self._restarts_left = spec.teacher.max_restarts
         self._seats = Seats(spec.requests, spec.hidden, spec.turns) if self._restarts_left else None
         self._start()
 
     def _start(self) -> None:
-        self._ready_fd, write_fd = os.pipe()
+        ready_fd, write_fd = os.pipe()
         told = WorkerSpec(**{**vars(self._spec), "ready_fd": write_fd})
         try:
             with self._log.open("ab") as output:
@@ -58,8 +58,12 @@ class TeacherProcess:
                     pass_fds=(write_fd,),
                     env={**os.environ, "OMP_NUM_THREADS": str(self._spec.num_threads)},
                 )
+        except OSError:
+            os.close(ready_fd)
+            raise
         finally:
             os.close(write_fd)
+        self._ready_fd = ready_fd
 
     @property
     def pid(self) -> int:
@@ -69,37 +73,45 @@ class TeacherProcess:
     def exit_code(self) -> int | None:
         return self._process.poll()
 
-    def wait_ready(self, timeout_s: float) -> dict[str, object]:
-        """What the worker announced once its model was loaded; from then on it is watched.
+    def fileno(self) -> int:
+        """Readable once the worker has announced that its model is loaded, or has ended."""
+        return self._ready_fd
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """As `wait_ready` of this one alone."""
+        wait_ready([self], timeout_s)
+
+    def watch(self) -> None:
+        """From now on it is started again; called once `fileno` is readable.
 
         Raises:
-            TeacherDied: it ended instead.
-            TeacherTimeout: it took longer than `timeout_s`.
+            TeacherDied: it ended instead of announcing itself.
         """
-        deadline = time.monotonic() + timeout_s
-        while not select.select([self._ready_fd], [], [], 0.2)[0]:
-            self.check()
-            if time.monotonic() > deadline:
-                raise TeacherTimeout(
-                    f"teacher {self.pid} did not load within {timeout_s:.0f} s; raise "
-                    f"transport.start_timeout_s or look at {self._log}\n{self._tail()}"
-                )
-        with os.fdopen(os.dup(self._ready_fd)) as announcement:
-            line = announcement.readline()
-        if not line:
+        if not os.read(self._ready_fd, 1):
             self._process.wait()
             self.check()
         if self._seats is not None and self._watcher is None:
             self._watcher = threading.Thread(target=self._watch, name="teacher-watch", daemon=True)
             self._watcher.start()
-        return json.loads(line)
+
+    @property
+    def is_watched(self) -> bool:
+        return self._watcher is not None and self._watcher.is_alive()
 
     def _watch(self) -> None:
-        """Starts it again while that may help and somebody asks; then gives the seats up."""
+        """Starts it again while that may help and somebody asks; then, or where that fails, gives the seats up."""
         assert self._seats is not None
+        try:
+            self._restart_while_asked(self._seats)
+        except OSError as error:
+            self._restart_failure = f" and could not be started again: {error}"
+        finally:
+            self._seats.leave()
+
+    def _restart_while_asked(self, seats: Seats) -> None:
         had_students = False
         while not self._closing.wait(_TICK_S):
-            has_students = self._seats.has_students()
+            has_students = seats.has_students()
             if had_students and not has_students:
                 break
             had_students = had_students or has_students
@@ -108,16 +120,16 @@ class TeacherProcess:
                 continue
             if not (code < 0 or code == ENGINE_DIED) or self._restarts_left == 0:
                 break
-            if self._seats.students_have_the_turn():  # and the memory that it would load into
+            if seats.students_have_the_turn():  # and the memory that it would load into
                 continue
             self._restarts_left -= 1
             self._say(
                 f"teacher process {self.pid} ended ({_how(code)}) and is started again, "
                 f"{self._restarts_left} more times at most; its log is {self._log}"
             )
-            os.close(self._ready_fd)
+            ready_fd = self._ready_fd
             self._start()
-        self._seats.leave()
+            os.close(ready_fd)
 
     def check(self) -> None:
         """
@@ -127,12 +139,16 @@ class TeacherProcess:
         code = self._process.poll()
         if code is not None:
             raise TeacherDied(
-                f"teacher process {self.pid} ended with {_how(code)}; its last lines ({self._log}):\n{self._tail()}"
+                f"teacher process {self.pid} ended with {_how(code)}{self._restart_failure}; {self.last_lines()}"
             )
 
-    def _tail(self) -> str:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(f"  {line}" for line in lines[-_LOG_LINES:])
+    def last_lines(self) -> str:
+        """Of its log, for an error."""
+        try:
+            lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            lines = [str(error)]
+        return "\n".join([f"its last lines ({self._log}):", *(f"  {line}" for line in lines[-_LOG_LINES:])])
 
     def __enter__(self) -> TeacherProcess:
         return self
@@ -155,6 +171,29 @@ class TeacherProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def wait_ready(teachers: Sequence[TeacherProcess], timeout_s: float) -> None:
+    """Until each has loaded its model; from then on it is watched.
+
+    Raises:
+        TeacherDied: one ended instead, or one that may not be started again while others load.
+        TeacherTimeout: together they took longer than `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    loading = list(teachers)
+    while loading:
+        for teacher in select.select(loading, [], [], 0.2)[0]:
+            teacher.watch()
+            loading.remove(teacher)
+        for teacher in teachers:
+            if not teacher.is_watched:
+                teacher.check()
+        if loading and time.monotonic() > deadline:
+            raise TeacherTimeout(
+                f"teacher process {loading[0].pid} did not load within {timeout_s:.0f} s; raise "
+                f"transport.start_timeout_s, or look at {loading[0].last_lines()}"
+            )
 
 
 def check_teachers(teachers: Sequence[TeacherProcess], grace_s: float = 5.0) -> None:

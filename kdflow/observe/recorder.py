@@ -69,14 +69,17 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 def _cut(path: Path, first_step: int) -> None:
     """Leaves the lines of the first steps; the evaluation after the last of them is done again, too."""
     kept = []
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except ValueError:  # the last one of a process that was killed
             continue
-        last = {"train": first_step, "eval": first_step - 1}.get(line["kind"])
-        if last is None or line["step"] <= last:
-            kept.append(text)
+        match line:
+            case {"kind": "train", "step": int(step)} if step > first_step:
+                continue
+            case {"kind": "eval", "step": int(step)} if step >= first_step:
+                continue
+        kept.append(f"{text}\n")
     aside = path.with_suffix(".writing")
     aside.write_text("".join(kept), encoding="utf-8")
     os.replace(aside, path)

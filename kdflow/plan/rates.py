@@ -117,9 +117,19 @@ def load_rates(source: str) -> Rates:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError:
         records = [_whole_file(path)]
-    if records and records[0].get("kind") == "environment":
-        return _measured(path, records[0], records[1:])
-    return _stated(path, records[0] if len(records) == 1 else {})
+    match records:
+        case [{"kind": "environment"} as environment, *rows]:
+            try:
+                return _measured(path, environment, rows)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"--rates: {path}: expected rows of `python -m bench ceilings`, got others "
+                    f"({type(error).__name__}: {error}); run it with --out FILE and give that file"
+                ) from None
+        case [values]:
+            return _stated(path, values)
+        case _:
+            return _stated(path, {})
 
 
 def _whole_file(path: Path) -> dict[str, Any]:
@@ -147,6 +157,11 @@ def _stated(path: Path, values: Any) -> Rates:
             f"--rates: {path}: unknown {sorted(unknown)}, missing {sorted(missing)}; expected {', '.join(names)}, "
             'or `"like": "H100"` for those not given'
         )
+    for name in set(names) - {"name", "source", "shared"}:
+        if type(base[name]) not in (int, float) or not base[name] > 0:
+            raise ConfigError(f"--rates: {path}: {name}: expected a number above 0, got {base[name]!r}")
+    if not isinstance(base["shared"], bool):
+        raise ConfigError(f"--rates: {path}: shared: expected true or false, got {base['shared']!r}")
     return Rates(**base)
 
 

@@ -6,7 +6,6 @@ import hashlib
 import math
 import shutil
 import warnings
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +29,7 @@ from kdflow.student.checkpoint_folder import (
     check_fingerprint,
 )
 from kdflow.student.fsdp2 import FSDP2Student
+from kdflow.student.lora import has_lora, lora_scaling
 from kdflow.student.random_state import random_state, seed_random_state, set_random_state
 
 # Ranks wait for the slowest disk among them; a rank that ends is noticed at once, by its sockets.
@@ -59,7 +59,7 @@ class CheckpointStore:
         folder: Path,
         student: FSDP2Student,
         *,
-        data: Mapping[str, str | int] | None = None,
+        data: Fingerprint | None = None,
         keep_last: int = 1,
         keep_best: bool = False,
         seed: int = 0,
@@ -77,6 +77,7 @@ class CheckpointStore:
         self._group = group
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._stager: DefaultStager | None = None
+        self._newest_step: int | None = None  # of those saved or loaded here
         self._pending: tuple[CheckpointInfo, Future[str | None]] | None = None
         self._failure: str | None = None
         self._warning: str | None = None
@@ -86,8 +87,10 @@ class CheckpointStore:
         self._best_score = math.inf if best is None or best.info.score is None else best.info.score
 
     def save(self, num_steps_done: int, *, num_skipped: int = 0, score: float | None = None) -> None:
-        """Takes the state as it is now; it is on disk some time after."""
+        """Takes the state as it is now, but for one that is there; it is on disk some time after."""
         self._settle()
+        if num_steps_done == self._newest_step:
+            return
         if score is not None and not math.isfinite(score):
             score = None
         info = CheckpointInfo(num_steps_done, self._num_ranks, num_skipped, score, self._fingerprint)
@@ -154,6 +157,7 @@ class CheckpointStore:
             seed_random_state(self._seed, checkpoint.info.num_steps_done, self._rank)
         else:
             set_random_state(rng)
+        self._newest_step = checkpoint.info.num_steps_done
         return checkpoint.info
 
     def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -199,6 +203,7 @@ class CheckpointStore:
         failure = future.result()
         if failure is None:
             self._failure = None
+            self._newest_step = info.num_steps_done
             if info.score is not None and info.score < self._best_score:
                 self._best_score = info.score
             return
@@ -244,8 +249,8 @@ def _load_rng(path: Path, rank: int) -> bytes | None:
     return state["rng"][name]
 
 
-def _fingerprint(model: Any) -> dict[str, str | int]:
-    """Family and size of a model, and a digest of the names and shapes of its parameters."""
+def _fingerprint(model: Any) -> dict[str, str | float]:
+    """Family and size of a model, a digest of the names and shapes of its parameters, and how often adapters count."""
     digest = hashlib.sha256()
     num_values = 0
     for name, parameter in model.named_parameters():
@@ -257,6 +262,7 @@ def _fingerprint(model: Any) -> dict[str, str | int]:
         "student.model_type": model.config.model_type,
         "student.num_parameters": num_values,
         "student.parameters": digest.hexdigest()[:16],
+        **({"student.lora: alpha / rank": lora_scaling(model)} if has_lora(model) else {}),
     }
 
 

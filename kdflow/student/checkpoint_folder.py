@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,9 +13,10 @@ from pathlib import Path
 from kdflow.errors import CheckpointError
 
 _INFO = "checkpoint.json"
+_NAME = re.compile(r"step-\d+")
 _WRITING, _REMOVING = "writing-", "removing-"
 
-Fingerprint = Mapping[str, str | int]
+Fingerprint = Mapping[str, str | float]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class CheckpointFolder:
         Raises:
             CheckpointError: one of them is of another version of kdflow.
         """
-        found = [Checkpoint(p, _read_info(p)) for p in self.path.glob("step-*") if (p / _INFO).is_file()]
+        steps = [p for p in self.path.glob("step-*") if _NAME.fullmatch(p.name)]
+        found = [Checkpoint(p, _read_info(p)) for p in steps if (p / _INFO).is_file()]
         return sorted(found, key=lambda c: c.info.num_steps_done)
 
     def newest(self) -> Checkpoint | None:
@@ -98,16 +101,19 @@ class CheckpointFolder:
         return self.path / f"{_WRITING}{num_steps_done:06d}"
 
     def publish(self, aside: Path, info: CheckpointInfo) -> Path:
-        """Gives a folder whose tensors are written and flushed its name."""
+        """Gives a folder whose tensors are written and flushed its name.
+
+        Raises:
+            CheckpointError: there is one of this name.
+        """
+        final = self.path / f"step-{info.num_steps_done:06d}"
+        if final.exists():
+            raise CheckpointError(f"{final} is there already, and not of this run: move it away")
         with (aside / _INFO).open("w", encoding="utf-8") as file:
             json.dump(asdict(info), file)
             file.flush()
             os.fsync(file.fileno())
         _flush(aside)
-        final = self.path / f"step-{info.num_steps_done:06d}"
-        if final.exists():  # the same state of the same run
-            shutil.rmtree(aside)
-            return final
         aside.rename(final)
         _flush(self.path)
         return final

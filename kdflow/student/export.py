@@ -54,7 +54,7 @@ def export_model(student: FSDP2Student, tokenizer: Any, folder: Path) -> None:
         config = copy.deepcopy(student.model.config)
         if hasattr(config, "quantization_config"):  # what is written is whole
             del config.quantization_config
-        _write(config, student.model.generation_config, tensors, tokenizer, folder)
+        _write(_shell(config), student.model.generation_config, tensors, tokenizer, folder)
     dist.barrier()
 
 
@@ -67,7 +67,7 @@ def export_checkpoint(checkpoint: Path, student: StudentConfig, folder: Path) ->
         student: of the run. The model that it started from must still be there, for its config and tokenizer.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or `folder` holds something.
+        CheckpointError: the checkpoint cannot be read or is of another student, or `folder` holds something.
         ConfigError: no such model, or no bitsandbytes for one with a 4-bit base.
     """
     if folder.exists() and any(folder.iterdir()):
@@ -83,9 +83,12 @@ def export_checkpoint(checkpoint: Path, student: StudentConfig, folder: Path) ->
     weights = read_weights(checkpoint, torch.float32 if lora.rank else torch.bfloat16)
     if lora.quantization != "none":
         weights |= _quantized_base(student)
+    _check_rank(checkpoint, weights, lora.rank)
     if lora.rank:
         weights = {n: w.to(torch.bfloat16) for n, w in merge_lora(weights, lora.alpha / lora.rank).items()}
-    _write(config, generation, weights, tokenizer, aside)
+    shell = _shell(config)
+    _check_names(checkpoint, weights, shell, model)
+    _write(shell, generation, weights, tokenizer, aside)
     if folder.exists():
         folder.rmdir()
     aside.rename(folder)
@@ -122,11 +125,36 @@ def read_weights(checkpoint: Path, dtype: torch.dtype) -> dict[str, torch.Tensor
     return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
 
 
+def _check_rank(checkpoint: Path, weights: Mapping[str, torch.Tensor], rank: int) -> None:
+    """The number of adapters' rows is their rank."""
+    found = max((len(weight) for name, weight in weights.items() if ".lora_A." in name), default=0)
+    if found != rank:
+        raise CheckpointError(
+            f"{checkpoint}: expected adapters of rank {rank} (student.lora.rank of the run's config), got {found}; "
+            "give the config the student that it was written with"
+        )
+
+
+def _check_names(checkpoint: Path, weights: Mapping[str, torch.Tensor], shell: Any, model: str) -> None:
+    expected = {name: weight.shape for name, weight in shell.state_dict().items()}
+    missing = [name for name, _ in shell.named_parameters() if name not in weights]
+    others = [name for name, weight in weights.items() if expected.get(name) != weight.shape]
+    if missing or others:
+        raise CheckpointError(
+            f"{checkpoint}: expected the weights of {model}, got {len(others)} others {others[:2]}, and "
+            f"{len(missing)} are missing {missing[:2]}; give student.model the model that the run started from"
+        )
+
+
+def _shell(config: Any) -> Any:
+    """Carries config and names; the weights come from the state."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
 def _write(
-    config: Any, generation_config: Any, weights: Mapping[str, torch.Tensor], tokenizer: Any, folder: Path
+    shell: Any, generation_config: Any, weights: Mapping[str, torch.Tensor], tokenizer: Any, folder: Path
 ) -> None:
-    with torch.device("meta"):  # carries config and names; the weights come from the state
-        shell = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     shell.generation_config = generation_config
     shell.save_pretrained(folder, state_dict=dict(weights))
     tokenizer.save_pretrained(folder)

@@ -62,16 +62,8 @@ def _keep_products(context: object, operator: object, *args: object, **kwargs: o
 
 
 def make_mesh(config: StudentConfig, device: torch.device) -> DeviceMesh:
-    """One dimension, or two: replicas of groups that shard.
-
-    Raises:
-        ConfigError: the replicas do not divide the ranks.
-    """
+    """One dimension, or two: replicas of groups that shard."""
     num_ranks, replicas = dist.get_world_size(), config.replicate
-    if num_ranks % replicas:
-        raise ConfigError(
-            f"student.replicate: expected a divisor of the {num_ranks} ranks, got {replicas}; ranks = replicas x shards"
-        )
     if replicas == 1:
         return init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (replicas, num_ranks // replicas), mesh_dim_names=("replicate", "shard"))

@@ -21,6 +21,7 @@ class SpanFile:
     def __init__(self, path: Path, role: str, index: int, track: str) -> None:
         self._file = path.open("w", encoding="utf-8")
         self._lines = [json.dumps({"role": role, "index": index, "track": track, "pid": os.getpid()})]
+        self.flush()
 
     def add(self, name: str, start_ns: int, end_ns: int, args: dict[str, int]) -> None:
         self._lines.append(json.dumps([name, start_ns, end_ns, args]))

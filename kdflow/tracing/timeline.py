@@ -63,16 +63,17 @@ def merge(folder: Path, num_slots: int, ranks_per_ring: int = 1) -> None:
 
 
 def read_spans(path: Path) -> list[Span]:
-    """The spans of one process; a last line that was not written to its end is left out.
+    """The spans of one process; a last line that was not written to its end, if only the first, is left out.
 
     Raises:
         DataError: the file is something else.
     """
-    head, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    if not lines:
+        return []
     try:
-        whose = json.loads(head)
+        whose, *found = map(json.loads, lines)
         role, index, track = whose["role"], whose["index"], whose["track"]
-        found = [json.loads(line) for line in lines if line.endswith("\n")]
         return [Span(role, index, track, *values) for values in found]
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path}: expected spans of a run, as --profile.timeline=true has them written") from None

@@ -73,7 +73,7 @@ def test_different_vocabularies(run_config, tiny: Path, tmp_path: Path) -> None:
     make_tokenizer("quite another text " * 30).save_pretrained(other)
     with pytest.raises(ConfigError, match="have different vocabularies") as error:
         prepare(run_config(teacher__model=other))
-    assert "cross-tokenizer algorithm" in str(error.value)
+    assert "choose models of one tokenizer" in str(error.value)
 
 
 def test_several_teachers(run_config, tiny: Path, tmp_path: Path) -> None:
@@ -107,8 +107,10 @@ def test_output_folder(run_config, tmp_path: Path) -> None:
     (folder / "mine.txt").write_text("keep")
     with pytest.raises(ConfigError, match="holds a run; add --resume=true"):
         open_output(config)
+    written = (folder / "config.yaml").read_text()
     open_output(run_config(resume="true"))
     assert (folder / "metrics.jsonl").exists()
+    assert (folder / "config.yaml").read_text() == written, "the checkpoint may be refused yet"
     with pytest.raises(ConfigError, match=r"resume: seed was 0 .* now it is 1"):
         open_output(run_config(resume="true", seed=1))
     open_output(run_config(overwrite="true"))
@@ -117,6 +119,28 @@ def test_output_folder(run_config, tmp_path: Path) -> None:
     assert {p.name for p in folder.iterdir()} <= {*RUN_ENTRIES, "mine.txt"}
     with pytest.raises(ConfigError, match="holds no run"):
         open_output(run_config(output_dir=tmp_path / "new", resume="true"))
+
+
+def test_an_overwrite_that_is_cut_short_is_gone_on_with(run_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever entry it came to; and checkpoints without a config are nobody's to write beside."""
+    folder = open_output(run_config())
+    for name in set(RUN_ENTRIES) - {"config.yaml", "metrics.jsonl"}:
+        (folder / name).mkdir(exist_ok=True)
+    kept = {p.name for p in folder.iterdir()}
+
+    def cut_short(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            open_output(run_config(overwrite="true"))
+    assert {p.name for p in folder.iterdir()} == kept
+    (folder / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="holds a run"):
+        open_output(run_config())
+    open_output(run_config(overwrite="true"))
+    assert {p.name for p in folder.iterdir()} == {"config.yaml", "logs"}
 
 
 def test_one_run_at_a_time_in_a_folder(run_config) -> None:

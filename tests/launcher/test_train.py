@@ -126,6 +126,7 @@ def test_ctrl_c_saves_and_resume_goes_on(run_config, tmp_path: Path) -> None:
     assert 3 <= done < 30
     result = train(config, "--resume=true")
     assert result.returncode == 0, result.stderr
+    assert load_config(Path(config.output_dir, "config.yaml")).resume
     losses = [[m["loss"] for m in metrics_of(c, "train")] for c in (straight, config)]
     assert losses[0] == losses[1]  # to the bit
 

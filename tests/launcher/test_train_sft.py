@@ -12,12 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from kdflow.cli import COMMANDS
-from kdflow.config import RunConfig
+from kdflow.config import RunConfig, StudentConfig
+from kdflow.config_file import dump_config
 from kdflow.errors import CheckpointError, ConfigError, TrainingError
 from kdflow.launcher.local import run
 from kdflow.launcher.prepare import prepare
-from kdflow.student import CheckpointFolder, read_weights
-from support.run import metrics_of
+from kdflow.student import CheckpointFolder, export_checkpoint, read_weights
+from support.run import metrics_of, train
 from support.tiny import make_config
 
 
@@ -98,6 +99,31 @@ def test_export_of_the_best(finished: RunConfig) -> None:
         COMMANDS["export"]([finished.output_dir, "--checkpoint", "step-3"])
     with pytest.raises(ConfigError, match="no file"):
         COMMANDS["export"](["/nowhere"])
+
+
+def test_export_of_another_model_is_refused(finished: RunConfig, tiny: Path, tmp_path: Path) -> None:
+    checkpoint = CheckpointFolder(Path(finished.output_dir, "checkpoints")).find(None)
+    with pytest.raises(CheckpointError, match=r"expected the weights of .*, and \d+ are missing \['model\.layers\.2"):
+        export_checkpoint(checkpoint.path, StudentConfig(str(tiny / "teacher")), tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resume_that_is_refused_leaves_the_config(run_config) -> None:
+    """So what is exported is what was trained."""
+    pytest.importorskip("peft")
+    sft = {"algorithm__name": "sft", "data__num_eval_samples": 0, "training__num_steps": 1}
+    config = run_config(**sft, student__lora__rank=4)
+    assert train(config).returncode == 0
+    path = Path(config.output_dir, "config.yaml")
+    written = path.read_text()
+    result = train(config, "--resume=true", "--student.lora.alpha=64")
+    assert result.returncode == 1
+    assert "is of another run: student.lora: alpha / rank was 4.0, now it is 16.0" in result.stderr
+    assert path.read_text() == written
+    path.write_text(dump_config(run_config(**sft)))
+    with pytest.raises(CheckpointError, match=r"expected adapters of rank 0 .*, got 4; give the config"):
+        COMMANDS["export"]([config.output_dir])
+    assert not Path(config.output_dir, "exports").exists()
 
 
 def test_vanilla_needs_a_teacher(run_config) -> None:

@@ -66,6 +66,15 @@ def test_a_run_that_goes_on_tells_each_step_once(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == steps
 
 
+def test_lines_of_others_stay(tmp_path: Path) -> None:
+    others = ["12", '{"a": 1}', '{"kind": "train"}', '{"kind": ["train"], "step": 9}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(others))  # the last one without its end
+    record(tmp_path, 0, 1, loss=2.0)
+    found = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert found[:4] == others
+    assert len(found) == 7
+
+
 def test_a_run_from_its_beginning_forgets_what_was_told(tmp_path: Path) -> None:
     record(tmp_path, 0, 2, loss=1.0)
     record(tmp_path, 0, 1, loss=2.0)

@@ -171,6 +171,11 @@ def test_the_workload_is_what_the_run_packs(run_config) -> None:
         ('{"matmul_flops": 1}', "missing ['attention_flops', 'capacity_bytes'"),
         ('{"like": "H100", "matmul_flop": 1}', "unknown ['matmul_flop']"),
         ('{"kind": "environment", "gpu": null}\n', "expected rows of `python -m bench ceilings`"),
+        ('{"kind": "environment"}\n{"kind": "row"}\n', "expected rows of `python -m bench ceilings`, got others"),
+        ("[1]", "expected a JSON object, got list"),
+        ('{"like": "H100", "matmul_flops": "fast"}', "matmul_flops: expected a number above 0, got 'fast'"),
+        ('{"like": "H100", "memory_bytes": 0}', "memory_bytes: expected a number above 0, got 0"),
+        ('{"like": "H100", "shared": 1}', "shared: expected true or false, got 1"),
     ],
 )
 def test_bad_rates(text: str, message: str, tmp_path: Path) -> None:

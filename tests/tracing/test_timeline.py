@@ -10,7 +10,7 @@ import torch
 
 from kdflow.config import ProfileConfig
 from kdflow.errors import DataError
-from kdflow.tracing import OFF, Trace, open_shared_trace, recorders, share_trace
+from kdflow.tracing import OFF, Trace, merged_timeline, open_shared_trace, recorders, share_trace
 from kdflow.tracing.spans import HostSpans, SpanFile
 from kdflow.tracing.timeline import Span, read_spans, ring_spans
 from support.run import train
@@ -119,9 +119,23 @@ def test_spans_that_an_error_leaves_open_are_closed(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('["half a li')  # a process that was killed
     assert len(read_spans(path)) == 4
+    path.write_text('{"role": "stu')
+    assert read_spans(path) == []
     path.write_text('{"kind": "train"}\n')
     with pytest.raises(DataError, match="expected spans of a run"):
         read_spans(path)
+
+
+def test_who_has_written_no_span_ends_no_run(tmp_path: Path) -> None:
+    """One that was killed before it wrote its file out, and one that was before it had written a byte."""
+    with merged_timeline(ProfileConfig(timeline=True), tmp_path, 4, 1):
+        (tmp_path / "spans").mkdir()
+        (tmp_path / "spans" / "teacher-0-1.jsonl").touch()
+        killed = SpanFile(tmp_path / "spans" / "teacher-0-2.jsonl", "teacher", 0, "host")
+        killed.add("prefill", 1, 2, {})
+        with Trace([HostSpans(SpanFile(tmp_path / "spans" / "student-0-3.jsonl", "student", 0, "host"))]) as trace:
+            trace.phase("save")
+    assert tracks(tmp_path / "timeline.json").keys() == {("student 0", "host")}
 
 
 @pytest.mark.parametrize("ranks_per_ring", [1, 2])

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from kdflow.errors import ConfigError
 from kdflow.modeling.context import ContextKeys
 from kdflow.modeling.placement import to_device
 
@@ -32,11 +33,13 @@ class PackedLengths:
     Attributes:
         queries, keys: alike where no microbatch is cut; host integers, so no device wait.
         context: brings keys and values of other ranks, adding up to `keys`.
+        num_calls: how many layers have attended by these lengths.
     """
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
     context: ContextKeys | None
+    num_calls: int = 0
 
 
 def packed_options(
@@ -103,14 +106,15 @@ def packed_attention(
         (1, T, Q, D) and None (no attention weights).
 
     Raises:
-        ValueError: the model caps its attention logits, which SDPA cannot do.
+        ConfigError: the model caps its attention logits, which SDPA cannot do.
     """
     if softcap is not None:
-        raise ValueError(
-            f"{type(module).__name__} caps its attention logits (softcap={softcap}); "
-            "packed attention does not support that"
+        raise ConfigError(
+            f"model: {type(module).__name__} caps its attention logits (softcap={softcap}), which packed attention "
+            "does not support; take a model that does not, or a teacher of this one on SGLang"
         )
     assert attention_mask is None
+    lengths.num_calls += 1
     assert sum(lengths.queries) == query.shape[2]
     if lengths.context is not None:
         key, value = lengths.context.gather(key, value)

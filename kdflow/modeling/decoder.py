@@ -45,14 +45,20 @@ def forward_decoder(
 
     Args:
         context: where ids and positions are a rank's part of these samples.
+
+    Raises:
+        ConfigError: not all of its layers attend by the lengths, so that samples saw one another.
     """
-    return decoder(
-        input_ids=input_ids[None],
-        position_ids=position_ids[None],
-        use_cache=False,
-        **packed_options(sequence_lengths, input_ids.device, context),
-        **options,
-    )
+    packed = packed_options(sequence_lengths, input_ids.device, context)
+    told = decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, **packed, **options)
+    num_layers, num_calls = decoder.config.get_text_config().num_hidden_layers, packed["lengths"].num_calls
+    if num_calls < num_layers:
+        raise ConfigError(
+            f"model: {num_calls} of the {num_layers} layers of {type(decoder).__name__} attend through transformers' "
+            "attention interface, and by the others packed samples see one another; expected a model whose layers mix "
+            "tokens by attention alone"
+        )
+    return told
 
 
 def head_options(config: Any) -> tuple[float, float | None]:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
+from kdflow.errors import ConfigError
 from kdflow.modeling import PACKED_ATTENTION, forward_hidden_states, load_causal_lm
 from kdflow.modeling.attention import packed_attention, packed_options
 
@@ -27,6 +29,25 @@ def test_packed_samples_equal_samples_alone(tiny: Path) -> None:
         ours = forward_hidden_states(model.base_model, ids, positions, LENGTHS)
         alone = [plain.base_model(input_ids=part[None]).last_hidden_state[0] for part in ids.split(LENGTHS)]
     torch.testing.assert_close(ours, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+SMALL = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
+GEMMA2 = {**SMALL, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("mamba", SMALL, "0 of the 2 layers of MambaModel attend"),
+        ("bloom", {"vocab_size": 300, "hidden_size": 16, "n_layer": 2, "n_head": 2}, "0 of the 2 layers of BloomModel"),
+        ("gemma2", GEMMA2, "Gemma2Attention caps its attention logits (softcap=50.0)"),
+    ],
+)
+def test_models_in_which_samples_would_see_one_another_are_refused(kind: str, options: dict, message: str) -> None:
+    config = AutoConfig.for_model(kind, **options)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_ATTENTION)
+    with torch.no_grad(), pytest.raises(ConfigError, match=re.escape(message)):
+        forward_hidden_states(model.base_model, *packed(LENGTHS), LENGTHS)
 
 
 def test_gradients_equal_too(tiny: Path) -> None:
@@ -60,9 +81,3 @@ def test_sliding_window() -> None:
         hidden = forward_hidden_states(ours.base_model, ids, positions, LENGTHS)
         alone = [plain.base_model(input_ids=part[None]).last_hidden_state[0] for part in ids.split(LENGTHS)]
     torch.testing.assert_close(hidden, torch.cat(alone), atol=1e-5, rtol=1e-5)
-
-
-def test_capped_attention_logits_are_refused() -> None:
-    q = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(ValueError, match="softcap=30"):
-        packed_attention(torch.nn.Identity(), q, q, q, None, **packed_options((2,), q.device), softcap=30.0)

@@ -46,8 +46,9 @@ class Case:
     provider's process holds: providers that do not fit into memory together run in groups.
     Without ``measures_memory`` a step says its own peak, if any; without ``warm_up`` the first
     repetition counts, since each begins afresh anyway; ``budget_scale`` multiplies the run's time
-    budget where repetitions are long. ``setup_timeout_s`` bounds imports and the making of the
-    inputs, ``warm_up_timeout_s`` the compilation in the first step; neither counts in the budget.
+    budget where repetitions are long, ``reps_scale`` their number where two are to be told apart
+    that are nearly equal. ``setup_timeout_s`` bounds imports and the making of the inputs,
+    ``warm_up_timeout_s`` the compilation in the first step; neither counts in the budget.
     Cases in a row of the same ``worker_pool`` are measured by the same processes, one for each
     provider: for GPUs, where starting one takes longer than measuring.
     """
@@ -62,6 +63,7 @@ class Case:
     measures_memory: bool = True
     warm_up: bool = True
     budget_scale: float = 1.0
+    reps_scale: int = 1
     setup_timeout_s: float = 120.0
     warm_up_timeout_s: float = 120.0
     worker_pool: str = ""

@@ -87,7 +87,7 @@ def run_case(case: Case, settings: Settings, *, say: Callable[[str], None]) -> l
 
 
 def _run_case(case: Case, settings: Settings, pool: WorkerPool, say: Callable[[str], None]) -> list[Row]:
-    settings = replace(settings, budget_s=settings.budget_s * case.budget_scale)
+    settings = replace(settings, budget_s=settings.budget_s * case.budget_scale, reps=settings.reps * case.reps_scale)
     groups = _groups(case)
     rows: dict[str, Row] = {}
     for index, group in enumerate(groups):

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bench.cases.loss_case import (
+    BESIDE,
+    BESIDE_IN_CLUSTERS,
     CCE_EXACT,
     CE_PROVIDERS,
     CLUSTERS,
@@ -22,17 +24,20 @@ from bench.cases.loss_case import (
     LIGER,
     LIGER_FUSED,
     LIGER_SMALL,
+    PROFILE,
+    PROFILE_CLUSTERS,
     ROW_CHUNKS,
     TRL,
     VOCAB_CHUNKS,
     Shape,
+    beside_case,
     ce_case,
     filter_case,
     kd_case,
     profile_case,
 )
 from bench.environment import has_native_bf16
-from bench.model import Case
+from bench.model import Case, Provider
 
 DIVERGENCES = ("forward_kl", "jsd")
 SHAPES = (Shape(1024, 64000, 512, 1024), Shape(1024, 151936, 896, 2048))
@@ -118,29 +123,34 @@ def _cpu_sweep(device: str, dtype: str) -> list[Case]:
 
 
 def _gpu_cases(device: str) -> list[Case]:
-    """In the order of their worth: what has goals, the lines of the sweep, cross-entropy, the kernels, the filter.
+    """In the order of their worth: what has goals, where the time goes, the filter, cross-entropy, the sweep.
 
     The first case has every provider, the others those that are near. Their processes go on from case to case: starting
     them takes about ten times as long as measuring.
     """
     first, wide = _shapes(device, quick=False)
-    in_clusters = (CLUSTERS,) if device.startswith("cuda") else ()
-    found = [
-        kd_case(first, "bf16", "forward_kl", device, (*in_clusters, *GPU_PROVIDERS)),
-        kd_case(first, "bf16", "jsd", device, (*in_clusters, *GPU_NEAR, ROW_CHUNKS, VOCAB_CHUNKS, LIGER)),
-        kd_case(wide, "bf16", "forward_kl", device, (*in_clusters, *GPU_NEAR, COMPILED)),
-        kd_case(first, "bf16", "reverse_kl", device, (*in_clusters, *GPU_NEAR)),
+    on_cuda = device.startswith("cuda")
+    clusters = (CLUSTERS,) if on_cuda else ()
+    beside = (*BESIDE, *BESIDE_IN_CLUSTERS) if on_cuda else BESIDE
+    profiles = (PROFILE, PROFILE_CLUSTERS) if on_cuda else (PROFILE,)
+    with_goals = [
+        kd_case(first, "bf16", "forward_kl", device, (*clusters, *GPU_PROVIDERS)),
+        kd_case(first, "bf16", "jsd", device, (*clusters, *GPU_NEAR, ROW_CHUNKS, VOCAB_CHUNKS, LIGER)),
+        kd_case(wide, "bf16", "forward_kl", device, (*clusters, *GPU_NEAR, COMPILED)),
+        kd_case(first, "bf16", "reverse_kl", device, (*clusters, *GPU_NEAR)),
     ]
     return [
-        *(replace(case, worker_pool="loss") for case in found),
-        *_gpu_sweep(device, "bf16")[1:],  # the first one has been measured
-        ce_case(first, "bf16", device, (*CE_PROVIDERS, CCE_EXACT)),
-        *(profile_case(first, divergence, device) for divergence in DIVERGENCES),
+        *(replace(case, worker_pool="loss") for case in with_goals),
+        beside_case(first, "bf16", device, beside),
+        *(profile_case(first, divergence, device, profiles) for divergence in DIVERGENCES),
         *(filter_case(layers, first.num_rows, "bf16", device) for layers in FILTER_STUDENT_LAYERS),
+        ce_case(first, "bf16", device, (*CE_PROVIDERS, CCE_EXACT)),
+        # The first one has been measured; compiling anew for each shape would take longer than the rest.
+        *_gpu_sweep(device, "bf16", (KDFLOW, TRL))[1:],
     ]
 
 
-def _gpu_sweep(device: str, dtype: str) -> list[Case]:
+def _gpu_sweep(device: str, dtype: str, providers: Sequence[Provider] = GPU_SWEPT) -> list[Case]:
     first, _ = _shapes(device, quick=False)
     rows, vocab, hidden = first.num_rows, first.vocab_size, first.student_hidden
     points = _around(
@@ -149,7 +159,7 @@ def _gpu_sweep(device: str, dtype: str) -> list[Case]:
         vocabularies=(32000, 262144) if device.startswith("cuda") else (vocab // 2, 2 * vocab),
         hidden=(hidden * 2 // 5, hidden * 8 // 5),
     )
-    found = [kd_case(point, dtype, "forward_kl", device, GPU_SWEPT) for point in points]
+    found = [kd_case(point, dtype, "forward_kl", device, providers) for point in points]
     return [replace(case, worker_pool="loss", budget_scale=0.15) for case in found]
 
 

@@ -23,6 +23,15 @@ TRL = Provider("trl", f"{MODULE}:trl")
 ROW_CHUNKS = Provider("eager, row chunks recomputed", f"{MODULE}:row_chunks")
 VOCAB_CHUNKS = Provider("eager, vocabulary chunks", "bench.cases.loss_vocab_chunks:vocab_chunks")
 PROFILE = Provider("kdflow, profiled", "bench.cases.loss_profile:kernels", "ours")
+PROFILE_CLUSTERS = Provider("kdflow, clusters, profiled", "bench.cases.loss_profile:kernels_in_clusters", "ours")
+BESIDE = (
+    Provider("kdflow, forward_kl", f"{MODULE}:kdflow_forward_kl", "ours"),
+    Provider("kdflow, jsd", f"{MODULE}:kdflow_jsd", "ours"),
+)
+BESIDE_IN_CLUSTERS = (
+    Provider("kdflow, clusters, forward_kl", f"{MODULE}:clusters_forward_kl", "ours"),
+    Provider("kdflow, clusters, jsd", f"{MODULE}:clusters_jsd", "ours"),
+)
 
 CROSS_ENTROPY = "bench.cases.loss_ce"
 CE_PROVIDERS = (
@@ -134,9 +143,15 @@ def _case(
     )
 
 
-def profile_case(shape: Shape, divergence: str, device: str) -> Case:
+def beside_case(shape: Shape, dtype: str, device: str, providers: Sequence[Provider]) -> Case:
+    """JSD and forward KL in turn, since what is between them is less than what clocks do from one case to the next."""
+    case = kd_case(shape, dtype, "jsd", device, providers)
+    return replace(case, name=f"jsd beside forward_kl, {dtype}, {shape}", measures_memory=False, reps_scale=3)
+
+
+def profile_case(shape: Shape, divergence: str, device: str, providers: Sequence[Provider]) -> Case:
     """Where the time of one shape goes, kernel by kernel."""
-    case = kd_case(shape, "bf16", divergence, device, (PROFILE,))
+    case = kd_case(shape, "bf16", divergence, device, providers)
     params = {**case.params, "profiled": True}  # no point of a sweep
     return replace(
         case, name=f"kernels of {case.name}", params=params, measures_memory=False, worker_pool="loss kernels"

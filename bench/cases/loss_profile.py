@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.cases.loss_providers import Params, kdflow
+from bench.cases.loss_providers import Params, kdflow, kdflow_clusters
 from bench.model import Trial, UnavailableError
 
 GEMM_NAMES = re.compile(r"gemm|nvjet|cutlass|xmma|splitk", re.IGNORECASE)
@@ -21,11 +21,19 @@ Kernel = tuple[str, float, float]  # name, begin and end in us
 
 
 def kernels(params: Params) -> Trial:
-    """The step of ``kdflow``; its measures are from one profiled step, in ms, and tell the row
+    return _profiled_trial(kdflow, params)
+
+
+def kernels_in_clusters(params: Params) -> Trial:
+    return _profiled_trial(kdflow_clusters, params)
+
+
+def _profiled_trial(setup: Callable[[Params], Trial], params: Params) -> Trial:
+    """The step of a provider; its measures are from one profiled step, in ms, and tell the row
     kernels' rate at the least they could move, beside that of a plain copy."""
     if not params["device"].startswith("cuda"):
         raise UnavailableError("the times of kernels need a GPU")
-    trial = kdflow(params)
+    trial = setup(params)
     assert trial.prepare is not None
     for _ in range(3):
         trial.step()

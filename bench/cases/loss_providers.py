@@ -132,6 +132,22 @@ def kdflow_clusters(params: Params) -> Trial:
     return kdflow(params)
 
 
+def kdflow_forward_kl(params: Params) -> Trial:
+    return kdflow({**params, "divergence": "forward_kl"})
+
+
+def kdflow_jsd(params: Params) -> Trial:
+    return kdflow({**params, "divergence": "jsd"})
+
+
+def clusters_forward_kl(params: Params) -> Trial:
+    return kdflow_clusters({**params, "divergence": "forward_kl"})
+
+
+def clusters_jsd(params: Params) -> Trial:
+    return kdflow_clusters({**params, "divergence": "jsd"})
+
+
 def full_logit_loss(
     student_input: torch.Tensor,
     student_weight: torch.Tensor,

@@ -84,27 +84,33 @@ def transfer_trial(kind: type[CudaTransport], params: Params) -> Trial:
     def throughput() -> dict[str, float]:
         start, cpu = time.perf_counter(), time.process_time()
         command.send((count, 0.0))
-        receive_all()
+        moments: list[float] = []
+        receive_all(lambda _stamps: moments.append(time.perf_counter()))
         seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
-        producer_cpu_s = answer(command, TIMEOUT_S)
+        told = answer(command, TIMEOUT_S)
         verify()
         scale = params["num_messages"] / count
-        return {
+        found = {
             "seconds": seconds * scale,
             "wall_s": seconds,
             "consumer_cpu_s": cpu_s * scale,
-            "producer_cpu_s": producer_cpu_s * scale,
+            "producer_cpu_s": told["cpu_s"] * scale,
         }
+        if isinstance(transport, CudaRingTransport):
+            begin, end = count // 4, 3 * count // 4
+            middle_bytes = (end - begin) * params["message_bytes"]
+            found["steady_gb_s"] = middle_bytes / (moments[end] - moments[begin]) * 1e-9
+            found |= {name: told[name] for name in ("put_p50_us", "put_p90_us")}
+        return found
 
     def latency() -> dict[str, float]:
         seconds: list[float] = []
         visible_us: list[float] = []
 
         def note(stamps: Stamps) -> None:
-            now = time.monotonic_ns()
-            seconds.append((now - stamps.sent_ns) * 1e-9)
-            if stamps.published_ns is not None:
-                visible_us.append((now - stamps.published_ns) * 1e-3)
+            seconds.append((time.monotonic_ns() - stamps.sent_ns) * 1e-9)
+            if stamps.published_ns is not None and stamps.seen_ns is not None:
+                visible_us.append((stamps.seen_ns - stamps.published_ns) * 1e-3)
 
         start = time.perf_counter()
         command.send((count, PACE_S))
@@ -124,7 +130,7 @@ def transfer_trial(kind: type[CudaTransport], params: Params) -> Trial:
         command.send((count, 0.0))
         time.sleep(1.0)
         receive_all()
-        producer_s = answer(command, TIMEOUT_S)
+        producer_s = answer(command, TIMEOUT_S)["cpu_s"]
         before = time.process_time()
         assert not transport.wait_in_vain(received, 1.0)
         consumer_s = time.process_time() - before
@@ -141,7 +147,7 @@ def transfer_trial(kind: type[CudaTransport], params: Params) -> Trial:
         command.send((count, 0.0))
         receive_all()
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "host_percent": answer(command, TIMEOUT_S)}
+        return {"seconds": seconds, "host_percent": answer(command, TIMEOUT_S)["host_percent"]}
 
     def close() -> None:
         end([command], [process])
@@ -157,28 +163,38 @@ def transfer_trial(kind: type[CudaTransport], params: Params) -> Trial:
 
 
 def produce(kind: type[CudaTransport], endpoint: Any, params: Params, commands: Connection) -> None:
-    """The producer process: told a count and a pace it sends, and answers with its CPU seconds since, or where the mode
-    is "sending" with the percentage of the time that its thread was in ``send``. Ends when the consumer is gone."""
+    """The producer process: told a count and a pace it sends, and answers with its CPU seconds since, the percentage of
+    the time that its thread was sending, and how long a ``send`` took. Ends when the consumer is gone."""
     message = make_message(params)
     torch.cuda.synchronize()
     sender = kind.sender(endpoint, params)
-    commands.send(0.0)
+    commands.send({})
     number = 0
     while True:
         try:
             count, pace_s = commands.recv()
         except EOFError:
             return
+        puts_us: list[float] = []
         begin, start = time.process_time(), time.perf_counter()
         for _ in range(count):
             if pace_s:
                 time.sleep(pace_s)
-            sender.send(message, number, time.monotonic_ns())
+            sent_ns = time.monotonic_ns()
+            sender.send(message, number, sent_ns)
+            puts_us.append((time.monotonic_ns() - sent_ns) * 1e-3)
             number += 1
         sent_s = time.perf_counter() - start
         sender.finish()
         whole_s = time.perf_counter() - start
-        commands.send(100 * sent_s / whole_s if params["mode"] == "sending" else time.process_time() - begin)
+        commands.send(
+            {
+                "cpu_s": time.process_time() - begin,
+                "host_percent": 100 * sent_s / whole_s,
+                "put_p50_us": quantile(puts_us, 0.5),
+                "put_p90_us": quantile(puts_us, 0.9),
+            }
+        )
 
 
 def device_copy(params: Params) -> Trial:
@@ -189,6 +205,20 @@ def device_copy(params: Params) -> Trial:
     def step() -> None:
         for number in range(params["num_messages"]):
             slots[number % len(slots)].copy_(source)
+
+    return Trial(step)
+
+
+def device_copy_with_events(params: Params) -> Trial:
+    """The same, each with an event behind it, as a ring needs one to know when a slot may change hands."""
+    source = make_message(params)
+    slots = [torch.empty_like(source) for _ in range(params["num_slots"])]
+    events = [torch.cuda.Event() for _ in slots]
+
+    def step() -> None:
+        for number in range(params["num_messages"]):
+            slots[number % len(slots)].copy_(source)
+            events[number % len(slots)].record()
 
     return Trial(step)
 

@@ -19,10 +19,12 @@ Params = Mapping[str, Any]
 
 
 class Stamps(NamedTuple):
-    """Of a message, by time.monotonic_ns(): right before its copy was enqueued, and when it was published, if told."""
+    """Of a message, by time.monotonic_ns(): right before its copy was enqueued; where told, when it was published, and
+    when its consumer held it."""
 
     sent_ns: int
     published_ns: int | None = None
+    seen_ns: int | None = None
 
 
 class CudaSender(ABC):
@@ -89,9 +91,10 @@ class CudaRingTransport(CudaTransport):
 
     def receive(self, number: int, timeout_s: float, *, keep: torch.Tensor | None = None) -> Stamps:
         with self._consumer.receive(number, timeout_s=timeout_s, stream=self._stream) as slot:
+            seen_ns = time.monotonic_ns()
             if keep is not None:
                 slot.copy_to(keep)
-            return Stamps(slot.tag, slot.committed_ns)
+            return Stamps(slot.tag, slot.committed_ns, seen_ns)
 
     def wait_in_vain(self, number: int, timeout_s: float) -> bool:
         """Wait for a message that does not come; whether one came."""

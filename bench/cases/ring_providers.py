@@ -166,7 +166,8 @@ def produce(
         commands.send(time.process_time() - begin)
 
 
-def answer(command: Connection, timeout_s: float = TIMEOUT_S) -> float:
+def answer(command: Connection, timeout_s: float = TIMEOUT_S) -> Any:
+    """What a producer says it did, once it has done it."""
     if not command.poll(timeout_s):
         raise TimeoutError(f"a producer gave no answer within {timeout_s:.0f} s")
     return command.recv()

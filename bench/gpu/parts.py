@@ -20,7 +20,11 @@ from bench.gpu import process
 from bench.model import Row
 from bench.output import read_results
 
-ALONE, ALONE_SHARE = "tests/transport", 0.6  # of the tests' time at most
+ALONE, ALONE_SHARE = "tests/transport/test_cuda_gpu.py", 0.6  # of the tests' time at most
+TESTS_AT_ONCE = 8
+# Of the other files: what the loss's kernels compute first, what compiles or checks for long last.
+FIRST = ("tests/kernels/test_triton_backend.py", "tests/kernels/test_cluster_rows.py")
+LAST = ("tests/kernels/test_compute_sanitizer.py", "tests/kernels/test_compiled_loss.py")
 ENDING_S = 10.0  # what a suite keeps of its time for the end of its run
 
 
@@ -100,36 +104,41 @@ def build(setting: Setting, limit_s: float, watch: Watch) -> Result:
     return Result(status, note or f"built in {time.monotonic() - start:.0f} s")
 
 
-def gpu_tests() -> dict[str, list[str]]:
-    """The files with tests marked ``gpu``, by their folders."""
-    found: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        if re.search(r"\bpytest\.mark\.gpu\b", path.read_text()):
-            found.setdefault(str(path.parent.relative_to(ROOT)), []).append(str(path.relative_to(ROOT)))
-    return found
+def marked_files(marker: str) -> list[str]:
+    """The test files in which the marker stands, in the order in which they are run."""
+    found = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if re.search(rf"\bpytest\.mark\.{marker}\b", path.read_text())
+    ]
+    return sorted(found, key=lambda file: (file not in FIRST, file in LAST))
 
 
 def tests(setting: Setting, limit_s: float, watch: Watch) -> Result:
-    """The tests marked ``gpu``, a process for each folder: those of the rings first and alone, since they watch the
-    memory of the whole device, then the others side by side, since most of their time is start and compilation."""
+    """The tests marked ``gpu``, a process for each file: those of the rings first and alone, since they watch the
+    memory of the whole device, then the others side by side, since most of their time is start and compilation; at last
+    what runs on any device."""
     found: dict[str, Any] = {}
     begin = time.monotonic()
 
-    def run(folder: str) -> None:
-        record = setting.folder / f"{folder.replace('/', '-')}.jsonl"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n0", "--tb=short", "-p", "bench.gpu.recorder"]
+    def run(job: tuple[str, str]) -> None:
+        file, marker = job
+        name = file if marker == "gpu" else f"{file}, {marker}"
+        record = setting.folder / f"{name.replace('/', '-')}.jsonl"
+        command = [sys.executable, "-m", "pytest", "-m", marker, "-n0", "--tb=short", "-p", "bench.gpu.recorder"]
         env = {"BENCH_TEST_RECORD": str(record), "OMP_NUM_THREADS": "2"}
         with tempfile.TemporaryFile() as log:
-            left = limit_s * (ALONE_SHARE if folder == ALONE else 1.0) - (time.monotonic() - begin)
-            code = _run([*command, *folders[folder]], replace(setting, log=log), left, env)
+            left = limit_s * (ALONE_SHARE if file == ALONE else 1.0) - (time.monotonic() - begin)
+            code = _run([*command, file], replace(setting, log=log), left, env) if left > 1 else None
             log.seek(0)
             setting.log.write(log.read())
             setting.log.flush()
-        found[folder] = _tests_found(record, code)
+        found[name] = _tests_found(record, code)
 
-    folders = gpu_tests()
-    for wave in ([ALONE], [folder for folder in folders if folder != ALONE]):
-        with ThreadPoolExecutor(len(wave)) as executor:
+    others = [(file, "gpu") for file in marked_files("gpu") if file != ALONE]
+    others += [(file, "any_device and not gpu") for file in marked_files("any_device")]
+    for wave in ([(ALONE, "gpu")], others):
+        with ThreadPoolExecutor(TESTS_AT_ONCE) as executor:
             for _ in executor.map(run, wave):
                 watch(Result("cut", "under way", found={"tests": dict(found)}))
     bad = [name for name, counts in found.items() if not counts["complete"]]
@@ -197,6 +206,7 @@ def _ended(code: int | None) -> tuple[str, str]:
 # Of the CPU's minutes: what exists only compiled, or takes as long to start as all the rest, stays out.
 REHEARSED_LOSS = (
     *("--reps", "1", "--backend", "triton", "--providers", "kdflow", "trl", "liger fused", "kdflow, profiled"),
+    *("kdflow, forward_kl", "kdflow, jsd"),
     *("eager, row chunks recomputed", "eager", "cce", "kdflow, eps 2e-4"),
 )
 
@@ -207,18 +217,20 @@ def parts(*, rehearse: bool) -> list[Part]:
     """In the order of their worth, should time run out.
 
     The seconds are by the one run on an H100 so far: versions 17, build 19, and at most 160 for six cases of the
-    loss. Of those 27 were steps, by their medians; the rest was starting 28 processes and compiling. Now the cases
-    with goals and the sweep share eight processes. Estimates: ceilings 40, cases with goals 90, sweep 50, cross-entropy
-    25, kernels and filter 35. Not measured yet: tests, ring and e2e.
+    loss. Of those 27 were steps, by their medians; the rest was starting 28 processes and compiling. Now most cases
+    share eight processes. Estimates: of the loss the cases with goals 100, kernels and filter 40, cross-entropy 25,
+    the sweep 25; ring 110, of which the cases with goals 80; tests of the rings 70, the others 60 side by side;
+    ceilings 40, e2e 80. With the time of the whole command two thirds of that fit, so it is the last cases of each part
+    that are cut, and ``--parts`` with a ``--budget`` of its own measures them.
     """
     quick = ("--quick",) if rehearse else ()
     return [
         Part("versions", 20, versions),
-        Part("build", 60, build),  # without it half of the rest has nothing to do
+        Part("build", 30, build),  # without it half of the rest has nothing to do
+        Part("loss", 190, suite("loss", *(REHEARSED_LOSS if rehearse else ("--budget-s", "4", "--reps", "7")))),
+        Part("ring", 110, suite("ring", "--budget-s", "6", *(REHEARSED_RING if rehearse else ()))),
+        Part("tests", 130, tests),
         Part("ceilings", 40, suite("ceilings", "--budget-s", "4", *quick)),
-        Part("loss", 200, suite("loss", *(REHEARSED_LOSS if rehearse else ("--budget-s", "4", "--reps", "7")))),
-        Part("tests", 110, tests),
-        Part("ring", 50, suite("ring", "--budget-s", "6", *(REHEARSED_RING if rehearse else ()))),
         Part("e2e", 80, suite("e2e", "--quick", "--budget-s", "10")),
     ]
 

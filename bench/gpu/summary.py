@@ -68,8 +68,8 @@ def _line(row: Row, case: Sequence[Row]) -> str:
 
 
 def _print_tests(result: Result, console: Console) -> None:
-    for folder, found in result.found.get("tests", {}).items():
+    for file, found in result.found.get("tests", {}).items():
         counts = ", ".join(f"{found[name]} {name}" for name in ("passed", "failed", "skipped"))
-        console.print(f"{folder}: {counts} {found['note']}", highlight=False, markup=False)
+        console.print(f"{file}: {counts} {found['note']}", highlight=False, markup=False)
         for failure in found["failures"][:30]:
             console.print(f"  FAILED {failure}", highlight=False, markup=False, soft_wrap=True)

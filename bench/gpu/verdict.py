@@ -35,36 +35,34 @@ def judge(rows: Sequence[Row], names: Mapping[str, str]) -> list[Finding]:
 
 
 def _judge(goal: Mapping[str, Any], rows: Sequence[Row], names: Mapping[str, str]) -> Finding:
-    def of_case(pattern: str) -> list[Row]:
-        wanted = pattern.format_map(names)
-        return [row for row in rows if row.suite == goal["suite"] and fnmatchcase(row.case, wanted)]
-
+    pattern = goal["case"].format_map(names)
+    candidates = [row for row in rows if row.suite == goal["suite"] and fnmatchcase(row.case, pattern)]
     at_least, at_most = goal.get("at_least"), goal.get("at_most")
     wanted = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}" if at_most is not None else "-"
-    candidates = of_case(goal["case"])
+    asked = [row for row in candidates if row.role == "ours" and fnmatchcase(row.provider, goal.get("provider", "*"))]
     found: list[tuple[float, Row]] = []
-    for row in candidates:
-        if row.role == "ours" and fnmatchcase(row.provider, goal.get("provider", "*")):
-            value = _measure(goal, row, [r for r in candidates if r.case == row.case], of_case)
-            if value is not None:
-                found.append((value, row))
+    for row in asked:
+        value = _measure(goal, row, [r for r in candidates if r.case == row.case])
+        if value is not None:
+            found.append((value, row))
     if not found:
-        return Finding(goal["goal"], wanted, None, "not measured", _why_not(goal, candidates))
+        return Finding(goal["goal"], wanted, None, "not measured", _why_not(goal, candidates, asked))
     worst = max if at_most is not None else min
     value, row = worst(found, key=lambda pair: pair[0])
     passed = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
     verdict = "reported" if wanted == "-" else "pass" if passed else "fail"
-    return Finding(goal["goal"], wanted, value, verdict, f"{row.provider}: {row.case}")
+    lost = [r for r in asked if r.status != "ok"]
+    note = "; ".join([f"{row.provider}: {row.case}", *(f"without {r.case}: {r.provider}: {r.status}" for r in lost)])
+    return Finding(goal["goal"], wanted, value, verdict, note)
 
 
-def _measure(goal: Mapping[str, Any], row: Row, case: Sequence[Row], of_case: Any) -> float | None:
+def _measure(goal: Mapping[str, Any], row: Row, case: Sequence[Row]) -> float | None:
     measure = goal["measure"]
-    if measure == "speedup":
-        peer = next((r for r in case if r.provider == goal["over"]), None)
-        return _time_ratio(peer, row) if peer is not None else None
-    if measure == "time_over":
-        other = next((r for r in of_case(goal["other_case"]) if r.provider == row.provider), None)
-        return _time_ratio(row, other) if other is not None else None
+    if measure in ("speedup", "time_over"):
+        other = next((r for r in case if r.provider == goal["over"]), None)
+        if other is None:
+            return None
+        return _time_ratio(other, row) if measure == "speedup" else _paired_ratio(row, other)
     if measure == "deviation":
         return deviation(row, case)
     if measure in ("floor_percent", "peak_mib", "rate"):
@@ -74,10 +72,16 @@ def _measure(goal: Mapping[str, Any], row: Row, case: Sequence[Row], of_case: An
 
 def _time_ratio(above: Row, below: Row) -> float | None:
     """Their times' ratio; through the floors where both have one of the same kind, which cancels
-    what the clocks did between two groups or cases."""
+    what the clocks did between two groups."""
     if above.floor_percent and below.floor_percent and above.floor == below.floor:
         return below.floor_percent / above.floor_percent
     return above.median_s / below.median_s if above.median_s and below.median_s else None
+
+
+def _paired_ratio(above: Row, below: Row) -> float | None:
+    """The median over rounds, in each of which both did one repetition: what the clocks do in between cancels."""
+    ratios = [a / b for a, b in zip(above.seconds, below.seconds, strict=False)]
+    return quantile(ratios, 0.5) if ratios else None
 
 
 def deviation(row: Row, case: Iterable[Row]) -> float | None:
@@ -91,9 +95,11 @@ def deviation(row: Row, case: Iterable[Row]) -> float | None:
     return max(found, default=None)
 
 
-def _why_not(goal: Mapping[str, Any], candidates: Sequence[Row]) -> str:
+def _why_not(goal: Mapping[str, Any], candidates: Sequence[Row], asked: Sequence[Row]) -> str:
     if not candidates:
         return "no such case in this run"
-    involved = [r for r in candidates if r.role == "ours" or r.provider == goal.get("over")]
+    if not asked:
+        return f"no row of {goal.get('provider', 'ours')}"
+    involved = [*asked, *(r for r in candidates if r.provider == goal.get("over"))]
     notes = [f"{row.provider}: {row.status}: {row.note}" for row in involved if row.status != "ok"]
     return notes[0][:160] if notes else "no row has this measure"

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 # CUfunction_attribute, from cuda.h.
+LOCAL_SIZE_BYTES = 3
+NUM_REGS = 4
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # percent of the first-level cache that is to be shared memory
 NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
@@ -56,6 +58,19 @@ def compile_cubin(source: Path, defines: Mapping[str, object], *, architecture: 
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig, from cuda.h, on the default stream and without attributes."""
+
+    _fields_ = (
+        *((f"grid_{axis}", ctypes.c_uint) for axis in "xyz"),
+        *((f"block_{axis}", ctypes.c_uint) for axis in "xyz"),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
 class Function:
     """A kernel in the current context, that of torch's current device; it takes one structure by value, and all the shared
     memory there is.
@@ -88,6 +103,17 @@ class Function:
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         shape = (num_blocks, 1, 1, num_threads, 1, 1, self._shared_bytes)
         self._call("cuLaunchKernel", self._function, *shape, ctypes.c_void_p(stream), arguments, None)
+
+    def figures(self, num_blocks: int, num_threads: int) -> dict[str, int]:
+        """What the driver knows of it: registers of a thread, bytes of local memory, and how many clusters of the kernel
+        run at once in a grid of so many blocks, a multiple of a cluster's."""
+        found = {name: ctypes.c_int() for name in ("registers", "local_bytes", "clusters_at_once")}
+        self._call("cuFuncGetAttribute", ctypes.byref(found["registers"]), NUM_REGS, self._function)
+        self._call("cuFuncGetAttribute", ctypes.byref(found["local_bytes"]), LOCAL_SIZE_BYTES, self._function)
+        config = LaunchConfig(num_blocks, 1, 1, num_threads, 1, 1, self._shared_bytes)
+        clusters = ctypes.byref(found["clusters_at_once"])
+        self._call("cuOccupancyMaxActiveClusters", clusters, self._function, ctypes.byref(config))
+        return {name: value.value for name, value in found.items()}
 
     def _call(self, name: str, *arguments: object) -> None:
         error = getattr(self._driver, name)(*arguments)

@@ -21,6 +21,7 @@ from kdflow_kernels.cpp_divergences import cpp_twin
 from support import cluster_rows as host
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.any_device
 
 HAS_CLUSTERS = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 DEVICE = "cuda" if HAS_CLUSTERS else "cpu"

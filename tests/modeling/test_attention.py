@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Mistra
 
 from kdflow.errors import ConfigError
 from kdflow.modeling import PACKED_ATTENTION, forward_hidden_states, load_causal_lm
-from kdflow.modeling.attention import packed_attention, packed_options
 
 LENGTHS = (5, 1, 9)
 

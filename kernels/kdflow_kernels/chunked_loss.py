@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from kdflow_kernels import torch_backend, triton_backend
-from kdflow_kernels.problem import GradientNeeds, Problem, RowTerms
+from kdflow_kernels.problem import GradientNeeds, Head, Problem, RowTerms
+from kdflow_kernels.validation import arrived
+
+_HEAD_TENSORS = ("input", "weight", "bias", "token_ids")
 
 
 def choose_backend(backend: str, problem: Problem) -> ModuleType | None:
@@ -51,43 +54,88 @@ def chunked_loss(problem: Problem, backend: ModuleType, *, per_row: bool) -> tup
     return loss, results[0]
 
 
+class SecondDerivative(torch.autograd.Function):
+    """A zero on the CPU that belongs to the tensors given and refuses to be differentiated.
+
+    Added to gradients that autograd has not seen made, it turns terms that would be missing into an error.
+    """
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return torch.zeros((), dtype=tensors[0].dtype, device="cpu")
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            "fused_kd_loss: its gradients cannot be differentiated again, as a gradient penalty or a Hessian asks for; "
+            "use backend='reference', where autograd forms them"
+        )
+
+
 class _ChunkedLoss(torch.autograd.Function):
-    """Runs a chunked backend. A scalar loss has its gradients formed in the forward, a loss per row in the backward."""
+    """Runs a chunked backend. A scalar loss has its gradients formed in the forward, a loss per row in the backward.
+
+    Whatever backward needs is kept by save_for_backward: it notices changes in place, and lets go after the backward.
+    """
 
     @staticmethod
     def forward(ctx, student_input, student_weight, student_bias, problem, backend, needs, per_row, results):
-        student = dataclasses.replace(
-            problem.student,
-            input=student_input.detach(),
-            weight=student_weight.detach(),
-            bias=None if student_bias is None else student_bias.detach(),
-        )
-        problem = dataclasses.replace(problem, student=student)
+        problem = _with_tensors(problem, [None if t is None else arrived(t) for t in _tensors(problem)])
         formed_here = needs if not per_row else GradientNeeds(False, False, False)
         terms, gradients = backend.run(problem, formed_here)
         results.append(terms)
         if needs:
-            ctx.save_for_backward(student_input, student_weight, student_bias)
-            ctx.problem, ctx.backend, ctx.needs = problem, backend, needs
-            ctx.gradients = None if per_row else gradients
+            with torch.enable_grad():
+                refusal = SecondDerivative.apply(student_input, student_weight, student_bias)
+            formed = (gradients.input, gradients.weight, gradients.bias)
+            ctx.save_for_backward(refusal, *(_tensors(problem) if per_row else formed))
+            ctx.backend, ctx.needs, ctx.per_row = backend, needs, per_row
+            ctx.dtypes = [None if t is None else t.dtype for t in (student_input, student_weight, student_bias)]
+            ctx.problem = _with_tensors(problem, [None] * len(_tensors(problem)))
         loss = row_loss(problem, terms)
         return loss if per_row else loss.sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        tensors = ctx.saved_tensors  # raises if an input was changed in place since the forward
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            # A loss per row, or a second backward through a retained graph: form them now.
-            problem = dataclasses.replace(ctx.problem, row_scale=ctx.problem.row_scale * grad_loss)
-            _, gradients = ctx.backend.run(problem, ctx.needs)
-        else:
-            for gradient in (gradients.input, gradients.weight, gradients.bias):
-                if gradient is not None:
-                    ctx.backend.scale_(gradient, grad_loss)
-        gradients = [
-            None if gradient is None else gradient.to(tensor.dtype)
-            for gradient, tensor in zip((gradients.input, gradients.weight, gradients.bias), tensors, strict=True)
-        ]
-        return *gradients, None, None, None, None, None
+        refusal, *saved = ctx.saved_tensors
+        with torch.no_grad():
+            if ctx.per_row:
+                problem = _with_tensors(ctx.problem, saved)
+                problem = dataclasses.replace(problem, row_scale=problem.row_scale * grad_loss)
+                _, gradients = ctx.backend.run(problem, ctx.needs)
+                formed = [gradients.input, gradients.weight, gradients.bias]
+            elif torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore[attr-defined]
+                formed = [None if gradient is None else gradient * grad_loss for gradient in saved]
+            else:
+                # Nobody will ask again: in place, without room for a second gradient of the head.
+                formed = saved
+                for gradient in formed:
+                    if gradient is not None:
+                        ctx.backend.scale_(gradient, grad_loss)
+            formed = [None if g is None else g.to(dtype) for g, dtype in zip(formed, ctx.dtypes, strict=True)]
+        if torch.is_grad_enabled():
+            refusal = SecondDerivative.apply(grad_loss, refusal)
+            formed = [None if gradient is None else gradient + refusal for gradient in formed]
+        return *formed, None, None, None, None, None
+
+
+def _tensors(problem: Problem) -> list[Tensor | None]:
+    heads = (problem.student, problem.teacher)
+    of_heads = [None if head is None else getattr(head, name) for head in heads for name in _HEAD_TENSORS]
+    return [*of_heads, problem.labels, problem.row_scale]
+
+
+def _with_tensors(problem: Problem, tensors: list[Tensor | None]) -> Problem:
+    """The problem with these in place of its ``_tensors``."""
+
+    def with_its(head: Head, its: list[Tensor | None]) -> Head:
+        return dataclasses.replace(head, **dict(zip(_HEAD_TENSORS, its, strict=True)))
+
+    *of_heads, labels, row_scale = tensors
+    return dataclasses.replace(
+        problem,
+        student=with_its(problem.student, of_heads[:4]),
+        teacher=None if problem.teacher is None else with_its(problem.teacher, of_heads[4:]),
+        labels=labels,
+        row_scale=row_scale,  # type: ignore[arg-type]
+    )

@@ -1,4 +1,4 @@
-"""The loss as an operator of torch's, for ``torch.compile`` and ``torch.export``: kdflow::kd_loss.
+"""The loss as an operator of torch's, for ``torch.compile``, ``torch.export``, make_fx and fake tensors: kdflow::kd_loss.
 
 Eager code goes through an autograd function that scales its gradients in place; a compiler can see neither into it nor
 into the kernels. So while a graph is traced the whole loss, checks included, becomes one operator: it returns the output
@@ -15,17 +15,25 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from kdflow_kernels.chunked_loss import choose_backend, row_loss
-from kdflow_kernels.divergences import Divergence, get_divergence
+from kdflow_kernels.chunked_loss import SecondDerivative, choose_backend, row_loss
+from kdflow_kernels.divergences import Divergence, get_divergence, registered_name
 from kdflow_kernels.problem import GradientNeeds
 from kdflow_kernels.request import KDLossOutput, Options, Tensors, prepare
 
 NUM_OUTPUTS = len(KDLossOutput._fields)
 
 
+def is_traced(tensors: Tensors) -> bool:
+    """Does somebody other than torch.compile look on, with tensors that have no memory or to write down every call?"""
+    keys = torch._C._TorchDispatchModeKey
+    modes = (torch._C._get_dispatch_mode(key) for key in (keys.FAKE, keys.PROXY))
+    return any(mode is not None for mode in modes) or any(isinstance(tensor, FakeTensor) for tensor in tensors)
+
+
 def compiled_loss(tensors: Tensors, options: Options) -> KDLossOutput:
-    """``fused_kd_loss`` while torch.compile traces it."""
+    """``fused_kd_loss`` while it is traced."""
     if options.vocab_parallel is not None:
         raise ValueError(
             "vocab_parallel: not inside torch.compile, whose operators cannot be given a process group; call the loss "
@@ -64,9 +72,9 @@ def encode(divergence: str | Divergence) -> str:
     """A registered divergence as text, "jsd(beta=0.3)": what operators can be given."""
     if isinstance(divergence, str):
         return divergence
-    cls = type(divergence)
-    values = [f"{name}={getattr(divergence, name)!r}" for name in cls.__dataclass_fields__]  # type: ignore[attr-defined]
-    return f"{cls.name}({', '.join(values)})"
+    name = registered_name(type(divergence))
+    given = [field.name for field in dataclasses.fields(divergence) if field.init] if name else []  # type: ignore[arg-type]
+    return f"{name}({', '.join(f'{field}={getattr(divergence, field)!r}' for field in given)})"
 
 
 def decode(text: str) -> Divergence:
@@ -76,8 +84,8 @@ def decode(text: str) -> Divergence:
         return get_divergence(text)
     if not name:
         raise ValueError(
-            "divergence: torch.compile needs a registered one, got an instance of a class without a name; put "
-            "@register_divergence('name') on the class"
+            "divergence: torch.compile needs a registered one, got an instance of a class that is not; put "
+            "@register_divergence('name') on that very class"
         )
     try:
         call = ast.parse("f(" + parameters, mode="eval").body
@@ -192,7 +200,8 @@ def _keep_for_backward(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.needs, ctx.per_row = keyword_only_inputs["needs"], keyword_only_inputs["reduction"] == "none"
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
     ctx.options = keyword_only_inputs
-    ctx.save_for_backward(*(inputs if ctx.per_row else output[NUM_OUTPUTS:]))
+    # The student's own, for SecondDerivative; whoever compiles the backward leaves them out.
+    ctx.save_for_backward(*(inputs if ctx.per_row else (*inputs[:3], *output[NUM_OUTPUTS:])))
 
 
 def _backward(ctx, grads):
@@ -203,11 +212,14 @@ def _backward(ctx, grads):
             inputs = (*ctx.saved_tensors[:-1], grad_loss)
             found = kd_loss(*inputs, **ctx.options)[NUM_OUTPUTS:]
         else:
-            found = [gradient * grad_loss for gradient in ctx.saved_tensors]
+            found = [gradient * grad_loss for gradient in ctx.saved_tensors[3:]]
         formed = [
             gradient.to(dtype) if needed else None
             for gradient, dtype, needed in zip(found, ctx.dtypes, ctx.needs, strict=True)
         ]
+        if torch.is_grad_enabled():
+            refusal = SecondDerivative.apply(grad_loss, *ctx.saved_tensors[:3])
+            formed = [None if gradient is None else gradient + refusal for gradient in formed]
     return *formed, *[None] * 9
 
 

@@ -6,6 +6,8 @@ from kdflow_kernels.divergences import Divergence
 
 def cpp_twin(divergence: Divergence) -> tuple[str, float] | None:
     """Name of the struct, and its parameter; None: there is none."""
+    if not divergences.is_shipped(divergence):
+        return None
     match divergence:
         case divergences.ForwardKL() | divergences.JSD(beta=0.0):
             return "ForwardKL", 0.0

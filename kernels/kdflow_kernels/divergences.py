@@ -6,6 +6,9 @@ A divergence is a frozen dataclass; its fields are its parameters. It implements
   shape, several times for the same entries, so it must be elementwise and free of side effects.
 * ``rows`` where a row must be seen as a whole (sorting, top-k).
 
+In a class derived from another divergence the formula written furthest down holds, and other forms of the parent's
+(C++, Triton) are left behind with it.
+
 Add one from any file::
 
     @register_divergence("squared_hellinger")
@@ -74,19 +77,76 @@ class Divergence:
 
         To give one, override it in a file that imports triton: ``return JITPointwise(my_jit_function, self.alpha)``.
         """
-        return None
+        from kdflow_kernels import jit_divergences
+
+        return jit_divergences.twin(self)
 
     def rows(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """The divergence of each row, differentiable in log_q.
 
         Shapes: log_p, log_q (N, V), whole rows of log-probabilities in nats. Returns (N,).
         """
-        f, _ = self.pointwise(log_p, log_q)
+        f, _ = terms_of(self, log_p.exp(), log_q.exp(), log_p, log_q)
         return f.sum(-1)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # A kernel is of the formula it was written for, not of one written below it.
+        if _depth(cls, "jit") > min(_depth(cls, name) for name in ("pointwise", "terms", "rows")):
+            cls.jit = Divergence.jit
 
     @classmethod
     def is_pointwise(cls) -> bool:
         return cls.pointwise is not Divergence.pointwise
+
+
+def _depth(cls: type[Divergence], method: str) -> int:
+    """How far up cls's line a method was last written; 0: in cls itself."""
+    return next(depth for depth, base in enumerate(cls.__mro__) if method in vars(base))
+
+
+def terms_of(divergence: Divergence, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """By ``terms`` or ``pointwise``, whichever was written further down. Raises ValueError for what fits no backend."""
+    cls = type(divergence)
+    name = "terms" if _depth(cls, "terms") <= _depth(cls, "pointwise") else "pointwise"
+    found = divergence.terms(p, q, log_p, log_q) if name == "terms" else divergence.pointwise(log_p, log_q)
+    if not isinstance(found, tuple) or [_shape(part) for part in found] != [log_q.shape] * 2:
+        raise ValueError(
+            f"{cls.__name__}.{name}: expected (f, df/dlog q), both of log_q's shape {tuple(log_q.shape)}, got "
+            f"{_describe(found)}; return one number a token, not their sum"
+        )
+    return found
+
+
+def rows_of(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``rows``. Raises ValueError unless it returns one number a row."""
+    found = divergence.rows(log_p, log_q)
+    if _shape(found) != log_q.shape[:-1]:
+        raise ValueError(
+            f"{type(divergence).__name__}.rows: expected shape {tuple(log_q.shape[:-1])}, one number a row, got "
+            f"{_describe(found)}; sum over the last dimension alone"
+        )
+    return found
+
+
+def _shape(found: object) -> torch.Size | None:
+    return found.shape if isinstance(found, Tensor) else None
+
+
+def _describe(found: object) -> str:
+    if isinstance(found, tuple):
+        return f"({', '.join(_describe(part) for part in found)})"
+    return f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+
+
+def check_class(what: str, cls: type[Divergence]) -> None:
+    """Raises TypeError unless cls has exactly one of pointwise and rows."""
+    has_rows = cls.rows is not Divergence.rows
+    if cls.is_pointwise() == has_rows:
+        raise TypeError(
+            f"{what}: {cls.__name__} must override exactly one of pointwise and rows, "
+            f"and has {'both' if has_rows else 'neither'}, its parents' included"
+        )
 
 
 _REGISTRY: dict[str, type[Divergence]] = {}
@@ -108,10 +168,7 @@ def register_divergence(name: str) -> Callable[[_DivergenceType], _DivergenceTyp
                 f"register_divergence({name!r}): {cls.__name__} must be a frozen dataclass; put @dataclass(frozen=True) "
                 "below @register_divergence"
             )
-        if cls.is_pointwise() == (cls.rows is not Divergence.rows):
-            raise TypeError(
-                f"register_divergence({name!r}): {cls.__name__} must override exactly one of pointwise and rows"
-            )
+        check_class(f"register_divergence({name!r})", cls)
         known = _REGISTRY.get(name)
         # The same class defined again (a reloaded module, a notebook cell run twice) replaces its former self.
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -123,6 +180,11 @@ def register_divergence(name: str) -> Callable[[_DivergenceType], _DivergenceTyp
         return cls
 
     return register
+
+
+def registered_name(cls: type[Divergence]) -> str:
+    """The name of exactly this class, and no parent's; "" where it has none."""
+    return cls.name if _REGISTRY.get(cls.name) is cls else ""
 
 
 def list_divergences() -> list[str]:
@@ -139,7 +201,7 @@ def get_divergence(name: str, **parameters: float) -> Divergence:
     cls = _REGISTRY.get(name)
     if cls is None:
         raise ValueError(f"divergence: unknown name {name!r}; known: {', '.join(list_divergences())}")
-    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    known = {field.name for field in fields(cls) if field.init}  # type: ignore[arg-type]
     unknown = sorted(set(parameters) - known)
     if unknown:
         raise TypeError(f"divergence {name!r}: unknown parameters {unknown}; it takes {sorted(known) or 'none'}")
@@ -151,16 +213,7 @@ def _check_open_unit(name: str, parameter: str, value: float) -> None:
         raise ValueError(f"{name}: {parameter} must lie strictly between 0 and 1, got {value}")
 
 
-class _WithTwin(Divergence):
-    """Base of this package's own."""
-
-    def jit(self) -> JITPointwise | JITChoices | None:
-        from kdflow_kernels import jit_divergences
-
-        return jit_divergences.twin(self)
-
-
-class _OfProbabilities(_WithTwin):
+class _OfProbabilities(Divergence):
     """Base of those written in p, q and their logarithms."""
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,7 +328,7 @@ class Jeffreys(_OfProbabilities):
 
 @register_divergence("adaptive_kl")
 @dataclass(frozen=True)
-class AdaptiveKL(_WithTwin):
+class AdaptiveKL(Divergence):
     """(g_head KL(p || q) + g_tail KL(q || p)) / (g_head + g_tail).
 
     The tail is the least likely teacher tokens whose ascending cumulative mass is at most alpha; g_head and g_tail are
@@ -303,7 +356,7 @@ class AdaptiveKL(_WithTwin):
 
 @register_divergence("top1_ce")
 @dataclass(frozen=True)
-class Top1CE(_WithTwin):
+class Top1CE(Divergence):
     """-p(v*) log q(v*) with v* = argmax p: cross-entropy to the teacher's first choice, by its confidence."""
 
     def rows(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -313,7 +366,7 @@ class Top1CE(_WithTwin):
 
 @register_divergence("hierarchical_ranking")
 @dataclass(frozen=True)
-class HierarchicalRanking(_WithTwin):
+class HierarchicalRanking(Divergence):
     """Hinges on the order of the top_k tokens v_i of the teacher and u_j of the student.
 
     sum_i max(0, q(v_i) - q(v_1)) + sum_ij max(0, q(u_j) - q(v_i)) [p(v_i) > p(u_j)]: the teacher's first choice should
@@ -334,5 +387,15 @@ class HierarchicalRanking(_WithTwin):
         q_teacher_top = q.gather(-1, teacher_top)
         lead = (q_teacher_top - q_teacher_top[..., :1]).clamp(min=0).sum(-1)
         overtaking = (q.gather(-1, student_top).unsqueeze(-2) - q_teacher_top.unsqueeze(-1)).clamp(min=0)
-        wrong = p.gather(-1, teacher_top).unsqueeze(-1) > p.gather(-1, student_top).unsqueeze(-2)
-        return lead + (overtaking * wrong).sum((-2, -1))
+        p_teacher_top = p.gather(-1, teacher_top)
+        wrong = p_teacher_top.unsqueeze(-1) > p.gather(-1, student_top).unsqueeze(-2)
+        # p enters by comparisons alone, which would hide a NaN.
+        return lead + (overtaking * wrong).sum((-2, -1)) + 0.0 * p_teacher_top.sum(-1)
+
+
+_SHIPPED = frozenset(_REGISTRY.values())
+
+
+def is_shipped(divergence: Divergence) -> bool:
+    """Is it one of the above, and of no class derived from them, which may be another function?"""
+    return type(divergence) in _SHIPPED

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdflow_kernels import reference, validation
 from kdflow_kernels.chunked_loss import choose_backend, chunked_loss, row_loss
-from kdflow_kernels.compiled_loss import compiled_loss
+from kdflow_kernels.compiled_loss import compiled_loss, is_traced
 from kdflow_kernels.divergences import Divergence
 from kdflow_kernels.request import KDLossOutput, Options, Tensors, prepare
 from kdflow_kernels.vocab_parallel import VocabParallel
@@ -59,7 +59,7 @@ def fused_kd_loss(
 
     Args:
         student_input: (N, Hs) last hidden states at the positions that predict; bf16, fp16, fp32 or fp64.
-        student_weight: (Vs, Hs) output head, of student_input's dtype (under autocast both are cast as linear would).
+        student_weight: (Vs, Hs) output head, of student_input's dtype (under autocast both are cast as linear would, which leaves fp64 alone).
         teacher_input: (N, Ht) or None: cross-entropy alone, kd_weight must be 0 then.
         teacher_weight: (Vt, Ht) or None; the teacher's dtype may differ from the student's.
         shift_labels: (N,) int64, already shifted. Rows equal to ignore_index enter nothing. None: every row counts.
@@ -96,12 +96,6 @@ def fused_kd_loss(
 
     Sources: each divergence names its own; forming gradients in the forward follows Liger-Kernel (arXiv 2410.10989).
     """
-    if torch.is_autocast_enabled(student_input.device.type):
-        dtype = torch.get_autocast_dtype(student_input.device.type)
-        student_input, student_weight = student_input.to(dtype), student_weight.to(dtype)
-        teacher_input = None if teacher_input is None else teacher_input.to(dtype)
-        teacher_weight = None if teacher_weight is None else teacher_weight.to(dtype)
-
     tensors = Tensors(
         student_input,
         student_weight,
@@ -132,7 +126,11 @@ def fused_kd_loss(
         backend=backend,
         vocab_parallel=vocab_parallel,
     )
-    if torch.compiler.is_compiling() and backend != "reference":
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        validation.check_tensors(**tensors._asdict())
+    tensors = _cast_like_linear(tensors)
+    if backend != "reference" and (compiling or is_traced(tensors)):
         return compiled_loss(tensors, options)
 
     request = prepare(tensors, options)
@@ -148,11 +146,26 @@ def fused_kd_loss(
     return request.output(loss, terms)
 
 
-class FusedKDLoss(nn.Module):
-    """``fused_kd_loss`` with its options fixed; ``forward`` takes the five tensors, row_weight and num_items.
+def _cast_like_linear(tensors: Tensors) -> Tensors:
+    """Rows and heads as autocast hands them to linear, where it is on: in its dtype, but for fp64."""
+    device_type = tensors.student_input.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
 
-    Token ids move with the module; biases belong to the heads and are only referred to.
-    """
+    def cast(tensor):
+        return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return tensors._replace(
+        student_input=cast(tensors.student_input),
+        student_weight=cast(tensors.student_weight),
+        teacher_input=cast(tensors.teacher_input),
+        teacher_weight=cast(tensors.teacher_weight),
+    )
+
+
+class FusedKDLoss(nn.Module):
+    """``fused_kd_loss`` with its options fixed; ``forward`` takes the tensors and num_items. Token ids move with the module."""
 
     def __init__(
         self,
@@ -163,8 +176,6 @@ class FusedKDLoss(nn.Module):
         ce_weight: float = 0.0,
         ignore_index: int = -100,
         reduction: str = "mean",
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
         student_logit_scale: float = 1.0,
         teacher_logit_scale: float = 1.0,
         student_softcap: float | None = None,
@@ -179,27 +190,24 @@ class FusedKDLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.divergence = validation.check_divergence(divergence)
-        validation.check_scalars(
-            temperature, kd_weight, ce_weight, reduction, None, chunk_size, grad_filter_eps, backend
-        )
-        self.temperature = temperature
-        self.kd_weight = kd_weight
-        self.ce_weight = ce_weight
-        self.ignore_index = ignore_index
+        validation.check_names(reduction, backend)
+        number = validation.check_number
+        self.temperature = number("temperature", temperature)
+        self.kd_weight = number("kd_weight", kd_weight)
+        self.ce_weight = number("ce_weight", ce_weight)
+        self.ignore_index = number("ignore_index", ignore_index)
         self.reduction = reduction
-        self.student_logit_scale = student_logit_scale
-        self.teacher_logit_scale = teacher_logit_scale
-        self.student_softcap = student_softcap
-        self.teacher_softcap = teacher_softcap
-        self.vocab_size = vocab_size
-        self.chunk_size = chunk_size
-        self.grad_filter_eps = grad_filter_eps
+        self.student_logit_scale = number("student_logit_scale", student_logit_scale)
+        self.teacher_logit_scale = number("teacher_logit_scale", teacher_logit_scale)
+        self.student_softcap = number("student_softcap", student_softcap)
+        self.teacher_softcap = number("teacher_softcap", teacher_softcap)
+        self.vocab_size = number("vocab_size", vocab_size)
+        self.chunk_size = number("chunk_size", chunk_size)
+        self.grad_filter_eps = number("grad_filter_eps", grad_filter_eps)
         self.backend = backend
         self.vocab_parallel = vocab_parallel
         self.register_buffer("student_token_ids", student_token_ids, persistent=False)
         self.register_buffer("teacher_token_ids", teacher_token_ids, persistent=False)
-        # In a tuple, so that nn.Module does not take them for parameters of its own.
-        self._biases = (student_bias, teacher_bias)
 
     def forward(
         self,
@@ -211,8 +219,9 @@ class FusedKDLoss(nn.Module):
         *,
         row_weight: Tensor | None = None,
         num_items: int | float | Tensor | None = None,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
     ) -> KDLossOutput:
-        student_bias, teacher_bias = self._biases
         return fused_kd_loss(
             student_input,
             student_weight,

@@ -113,6 +113,8 @@ FORWARD_KL = JITPointwise(forward_kl, gradient_sum=-1.0)
 
 def twin(divergence: Divergence) -> JITPointwise | JITChoices | None:
     """The Triton form of one of this package's divergences; None: it has none."""
+    if not divergences.is_shipped(divergence):
+        return None
     match divergence:
         case divergences.ForwardKL() | divergences.JSD(beta=0.0):
             return FORWARD_KL

@@ -87,7 +87,8 @@ def logits(
             y, teacher_bias, indices, compared, teacher_scale, teacher_softcap,
             TEACHER_BIAS, TEACHER_SCALE, TEACHER_SOFTCAP,
         )  # fmt: skip
-        if PARTIAL or TEACHER_BIAS or TEACHER_SCALE or TEACHER_SOFTCAP:
+        # A load's `other` is of the pointer's type, in fp16 minus infinity.
+        if PARTIAL or PAIRED or TEACHER_BIAS or TEACHER_SCALE or TEACHER_SOFTCAP:
             y = tl.where(compared, y, LOWEST)
     return z, x, y
 

@@ -57,8 +57,11 @@ class NativeRows:
     @staticmethod
     def covers(problem: Problem, blocks: Blocks) -> bool:
         tiles = [*blocks.student_tiles(), *blocks.teacher_tiles()]
+        per_row = [tensor for tensor in (problem.row_scale, problem.labels) if tensor is not None]
         return (
             _rows is not None
+            # Addresses are taken of these, and what subclasses hold lies elsewhere.
+            and all(type(tensor) is Tensor for tensor in (*per_row, *tiles))
             and problem.row_scale.device.type == "cpu"
             and problem.row_scale.dtype == torch.float32
             and all(tile.dtype in (torch.float32, torch.bfloat16) for tile in tiles)
@@ -108,5 +111,5 @@ def _logits(tiles: Iterator[Tensor], maxima: Tensor | None):
             (piece.data_ptr(), piece.stride(0), piece.shape[1], maximum)
             for piece in tile.split(_piece_columns(), dim=1)
         ]
-    places = torch.tensor(table, dtype=torch.int64)
+    places = torch.tensor(table, dtype=torch.int64, device="cpu")
     return places, _rows.Logits(bfloat16=bfloat16, tiles=places.data_ptr(), num_tiles=len(table))

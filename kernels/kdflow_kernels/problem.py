@@ -3,8 +3,11 @@
 Shape suffixes: N rows that enter the loss, V columns of a head (of this rank's part, where it is cut), K columns the divergence compares, H hidden size.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kdflow_kernels.divergences import Divergence
@@ -61,6 +64,20 @@ class RowTerms:
     student_entropy: Tensor
     teacher_entropy: Tensor | None
     top1_agreement: Tensor | None
+
+    @classmethod
+    def empty(cls, problem: Problem, dtype: torch.dtype) -> RowTerms:
+        def make() -> Tensor:
+            return torch.empty_like(problem.row_scale, dtype=dtype, memory_format=torch.contiguous_format)
+
+        has_teacher = problem.teacher is not None
+        return cls(
+            kd=make() if has_teacher else None,
+            ce=None if problem.labels is None else make(),
+            student_entropy=make(),
+            teacher_entropy=make() if has_teacher else None,
+            top1_agreement=make() if has_teacher else None,
+        )
 
 
 @dataclass(frozen=True)

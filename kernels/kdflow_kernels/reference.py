@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kdflow_kernels.divergences import rows_of
 from kdflow_kernels.problem import LOWEST_LOGIT, Head, Problem, RowTerms
 
 
@@ -42,7 +43,7 @@ def row_terms(problem: Problem) -> RowTerms:
 
     with torch.no_grad():
         teacher_z = compared(logits(problem.teacher), problem.teacher, problem.num_compared)
-        log_p = (teacher_z / problem.temperature).log_softmax(-1)
+        log_p = (teacher_z / problem.temperature).log_softmax(-1).to(log_q.dtype)
         agreement = (log_p.argmax(-1) == log_q.argmax(-1)).to(log_p.dtype)
-    kd = problem.divergence.rows(log_p.to(log_q.dtype), log_q)
+    kd = rows_of(problem.divergence, log_p, log_q)
     return RowTerms(kd, ce, student_entropy, entropy(log_p), agreement)

@@ -112,6 +112,14 @@ class Request:
 
 def prepare(tensors: Tensors, options: Options) -> Request:
     """Checks everything and reduces it to the rows that count. Raises ValueError and TypeError; see ``validation``."""
+    numbers = (*validation.REALS, *validation.INTEGERS)
+    options = options._replace(**{name: validation.check_number(name, getattr(options, name)) for name in numbers})
+    validation.check_names(options.reduction, options.backend)
+    # Those of the student that gradients flow to wait until autograd has seen them.
+    constants = {name: value for name, value in tensors._asdict().items() if name not in Tensors._fields[:3]}
+    tensors = tensors._replace(
+        **{name: validation.arrived(value) for name, value in constants.items() if isinstance(value, Tensor)}
+    )
     student = Head(
         tensors.student_input,
         tensors.student_weight,
@@ -123,9 +131,9 @@ def prepare(tensors: Tensors, options: Options) -> Request:
     teacher = None
     if tensors.teacher_input is not None and tensors.teacher_weight is not None:
         teacher = Head(
-            tensors.teacher_input.detach(),
-            tensors.teacher_weight.detach(),
-            None if tensors.teacher_bias is None else tensors.teacher_bias.detach(),
+            tensors.teacher_input,
+            tensors.teacher_weight,
+            tensors.teacher_bias,
             options.teacher_logit_scale,
             options.teacher_softcap,
             tensors.teacher_token_ids,
@@ -143,16 +151,7 @@ def prepare(tensors: Tensors, options: Options) -> Request:
     )
     labels, row_weight, num_items = tensors.shift_labels, tensors.row_weight, tensors.num_items
     validation.check_rows(student, labels, row_weight, options.ignore_index, options.ce_weight, num_labels)
-    validation.check_scalars(
-        options.temperature,
-        options.kd_weight,
-        options.ce_weight,
-        options.reduction,
-        num_items,
-        options.chunk_size,
-        options.grad_filter_eps,
-        options.backend,
-    )
+    validation.check_num_items(num_items, options.reduction)
 
     device, num_rows = student.input.device, student.input.shape[0]
     keep = None if labels is None else labels != options.ignore_index
@@ -160,7 +159,9 @@ def prepare(tensors: Tensors, options: Options) -> Request:
     num_tokens = torch.full((), num_rows, device=device) if keep is None else keep.sum()
     scale = torch.ones(num_rows, device=device, dtype=accumulate)
     if row_weight is not None:
-        scale = row_weight.detach().to(accumulate)
+        scale = row_weight.to(accumulate)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.reshape(())  # with dimensions it would have a say in the loss's dtype and shape
     if options.reduction == "mean":
         scale = scale / (num_tokens.clamp(min=1) if num_items is None else num_items)
 

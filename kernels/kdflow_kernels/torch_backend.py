@@ -74,7 +74,7 @@ class _Run:
         self.group_size = min(group_size, self.num_rows)
         num_chunks = max(1, -(-self.group_size // self.chunk_size))
         self.chunk_size = max(1, -(-self.group_size // num_chunks))
-        self.terms = _empty_terms(problem, self.num_rows, self.accumulate)
+        self.terms = RowTerms.empty(problem, self.accumulate)
         self.room: tuple[Tensor, Tensor] | None = None
         self._allocate()
 
@@ -252,18 +252,3 @@ def _column_order(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
     order[: len(ids)] = ids
     column = torch.empty_like(order).scatter_(0, order, torch.arange(num_tokens, device=ids.device))
     return order, column[labels]
-
-
-def _empty_terms(problem: Problem, num_rows: int, dtype: torch.dtype) -> RowTerms:
-    def make(given: object) -> Tensor | None:
-        if given is None:
-            return None
-        return torch.empty(num_rows, dtype=dtype, device=problem.row_scale.device)
-
-    return RowTerms(
-        kd=make(problem.teacher),
-        ce=make(problem.labels),
-        student_entropy=torch.empty(num_rows, dtype=dtype, device=problem.row_scale.device),
-        teacher_entropy=make(problem.teacher),
-        top1_agreement=make(problem.teacher),
-    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdflow_kernels import tiled_logits
+from kdflow_kernels.divergences import rows_of, terms_of
 from kdflow_kernels.problem import Problem, RowTerms
 from kdflow_kernels.tiled_logits import Blocks
 
@@ -162,9 +163,12 @@ def logits_gradient(
     q_scale = torch.zeros_like(row_scale).unsqueeze(-1) if ce_scale is None or ce_probs is not None else ce_scale
     gradient = q
     if g is not None and gradient_sum is not None:
-        # d/dz = (g - q sum g) / T
+        # d/dz = (g - q sum g) / T. The difference comes first, being small beside its parts where a row is peaked.
         kd_scale = (problem.kd_weight / problem.temperature * row_scale).unsqueeze(-1)
-        gradient.mul_(q_scale - kd_scale * gradient_sum.unsqueeze(-1)).addcmul_(g, kd_scale)
+        of_ce = gradient * q_scale if problem.ce_weight != 0.0 and ce_probs is None else None
+        gradient.mul_(-gradient_sum.unsqueeze(-1)).add_(g).mul_(kd_scale)
+        if of_ce is not None:
+            gradient += of_ce
     else:
         gradient.mul_(q_scale)
     if ce_scale is not None and labels is not None:
@@ -214,12 +218,12 @@ def divergence_terms(
     divergence = problem.divergence
     form_gradients = form_gradients and problem.kd_weight != 0.0
     if divergence.is_pointwise():
-        f, g = divergence.terms(p, q, log_p, log_q)
+        f, g = terms_of(divergence, p, q, log_p, log_q)
         return f.sum(-1), g if form_gradients else None
     if not form_gradients:
-        return divergence.rows(log_p, log_q), None
+        return rows_of(divergence, log_p, log_q), None
     with torch.enable_grad():
         leaf = log_q.detach().requires_grad_()
-        kd = divergence.rows(log_p, leaf)
+        kd = rows_of(divergence, log_p, leaf)
         (g,) = torch.autograd.grad(kd.sum(), leaf)
     return kd.detach(), g

@@ -85,7 +85,17 @@ def interpreting() -> bool:
 
 def run(problem: Problem, needs: GradientNeeds) -> tuple[RowTerms, Gradients]:
     """Row terms and the gradients needed, in the student's dtype, but in fp32 for fp16: see torch_backend.run."""
-    return _Run(problem, needs).run()
+    from_teacher = problem.teacher is not None and problem.kd_weight != 0.0
+    if not needs or from_teacher or (problem.labels is not None and problem.ce_weight != 0.0):
+        return _Run(problem, needs).run()
+    terms, _ = _Run(problem, GradientNeeds(False, False, False)).run()
+    head = problem.student
+    dtype = torch.float32 if head.weight.dtype == torch.float16 else head.weight.dtype
+    input, weight = torch.zeros_like(head.input, dtype=dtype), torch.zeros_like(head.weight, dtype=dtype)
+    bias = weight.new_zeros(len(weight), dtype=torch.float32)
+    return terms, Gradients(
+        input=input if needs.input else None, weight=weight if needs.weight else None, bias=bias if needs.bias else None
+    )
 
 
 def layout(item_bytes: int, num_columns: int, num_processors: int) -> Layout:
@@ -141,7 +151,7 @@ class _Run:
             self.teacher_width = max(self.padded, -(-self.teacher_columns // 64) * 64 + STAGGER)
         self.group_rows = plan_groups(self.num_rows, self.padded * self.dtype.itemsize)
         if problem.vocab_parallel is not None:  # the same in all ranks, whatever their parts
-            self.group_rows = min(self.num_rows, 2 * CHUNK_ROWS)
+            self.group_rows = max(1, min(self.num_rows, 2 * CHUNK_ROWS))
         if self.filtering:
             self.group_rows = min(self.group_rows, problem.chunk_size or self.group_rows)
         # The kernel counts in 32 bits inside a block of rows.
@@ -152,7 +162,7 @@ class _Run:
 
     def run(self) -> tuple[RowTerms, Gradients]:
         needs, student = self.needs, self.problem.student
-        terms = self._empty_terms()
+        terms = RowTerms.empty(self.problem, torch.float32)
         gradient_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
         grad_input = torch.empty_like(student.input, dtype=gradient_dtype) if needs.input else None
         grad_weight = grad_bias = None
@@ -216,11 +226,12 @@ class _Run:
         self.teacher_ids = None
         if problem.teacher is not None:
             dtype = _logits_dtype(problem.teacher.weight.dtype)
-            ids = problem.teacher.token_ids
-            if ids is not None and problem.student.token_ids is not None:
-                self.teacher_ids = torch.full((self.columns,), -1, dtype=torch.int32, device=self.device)
-                self.teacher_ids[problem.student.token_ids] = ids.to(torch.int32)
             self.teacher_logits = logits(self.chunk_rows, self.teacher_width, dtype)
+        if problem.student.token_ids is not None:
+            ids = problem.student.token_ids if problem.teacher is None else problem.teacher.token_ids
+            assert ids is not None
+            self.teacher_ids = torch.full((self.columns,), -1, dtype=torch.int32, device=self.device)
+            self.teacher_ids[problem.student.token_ids] = ids.to(torch.int32)
         self.active = None
         if self.filtering:
             self.active = torch.empty(self.columns, dtype=torch.int8, device=self.device)
@@ -275,21 +286,7 @@ class _Run:
                 teacher_logits = self.teacher_logits[: chunk.stop - start]
                 out = teacher_logits[:, : self.teacher_columns]
                 multiply(teacher.input[chunk], teacher.weight[: self.teacher_columns].T, out=out)
-            self._launch(chunk, student_logits, teacher_logits, self.gradient[in_group], terms)
-
-    def _launch(
-        self, chunk: slice, student_logits: Tensor, teacher_logits: Tensor | None, gradient: Tensor, terms: RowTerms
-    ) -> None:
-        self.launcher.launch(chunk, student_logits, teacher_logits, gradient, terms)
-
-    def _empty_terms(self) -> RowTerms:
-        def make(given: object) -> Tensor | None:
-            if given is None:
-                return None
-            return torch.empty(self.num_rows, dtype=torch.float32, device=self.device)
-
-        teacher, labels = self.problem.teacher, self.problem.labels
-        return RowTerms(make(teacher), make(labels), torch.empty_like(self.row_scale), make(teacher), make(teacher))
+            self.launcher.launch(chunk, student_logits, teacher_logits, self.gradient[in_group], terms)
 
 
 def _without_strides(problem: Problem) -> Problem:

@@ -1,18 +1,39 @@
 """Checks of the public arguments. Each raises one error that says what, got, expected and the remedy."""
 
 import math
+import numbers
+import operator
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdflow_kernels.divergences import Divergence, get_divergence
+from kdflow_kernels.divergences import Divergence, check_class, get_divergence
 from kdflow_kernels.problem import Head
 from kdflow_kernels.vocab_parallel import VocabParallel, check_parts
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+# What is expected of each number, and whether one fits. Where None is named it is an answer, too.
+REALS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "temperature": ("a finite number above 0", lambda value: value > 0),
+    "kd_weight": ("a finite number", lambda value: True),
+    "ce_weight": ("a finite number", lambda value: True),
+    "student_logit_scale": ("a finite number other than 0", lambda value: value != 0),
+    "teacher_logit_scale": ("a finite number other than 0", lambda value: value != 0),
+    "student_softcap": ("a finite number above 0 or None", lambda value: value > 0),
+    "teacher_softcap": ("a finite number above 0 or None", lambda value: value > 0),
+    "grad_filter_eps": ("0 (exact) or a small positive number", lambda value: value >= 0),
+}
+INTEGERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "ignore_index": ("an integer", lambda value: True),
+    "vocab_size": ("a number of tokens of at least 1 or None", lambda value: value >= 1),
+    "chunk_size": ("a number of rows of at least 1 or None", lambda value: value >= 1),
+}
 
 _check_values_on_cuda = False
 
@@ -30,35 +51,79 @@ def _values_are_checked(tensor: Tensor) -> bool:
 def check_divergence(divergence: str | Divergence) -> Divergence:
     """The instance named or given."""
     if isinstance(divergence, Divergence):
+        check_class("divergence", type(divergence))
         return divergence
     if isinstance(divergence, str):
         return get_divergence(divergence)
     raise TypeError(f"divergence: expected a registered name or a Divergence instance, got {divergence!r}")
 
 
-def check_scalars(
-    temperature: float,
-    kd_weight: float,
-    ce_weight: float,
-    reduction: str,
-    num_items: int | float | Tensor | None,
-    chunk_size: int | None,
-    grad_filter_eps: float,
-    backend: str,
-) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-    for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
-        if not math.isfinite(weight):
-            raise ValueError(f"{name}: expected a finite number, got {weight}")
+def check_tensors(*, num_items: float | Tensor | None, **tensors: Tensor | None) -> None:
+    """Are these tensors or None, and none of them cut over ranks?"""
+    if isinstance(num_items, Tensor):
+        tensors["num_items"] = num_items
+    for name, tensor in tensors.items():
+        if tensor is None and name not in ("student_input", "student_weight"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name}: expected a torch.Tensor, got {type(tensor).__name__}; convert it with torch.as_tensor"
+            )
+        if _is_a(tensor, "torch.distributed.tensor", "DTensor"):
+            raise TypeError(
+                f"{name}: expected a plain tensor, got a DTensor; compute the loss inside the root FSDP module's forward "
+                "(or a method registered with register_fsdp_forward_method), where the head is gathered and its gradient "
+                "reduced (full_tensor() outside it would lose that reduction), and give it this rank's rows and their "
+                "labels and weights as to_local() has them"
+            )
+
+
+def arrived(tensor: Tensor) -> Tensor:
+    """The tensor, detached, and in memory of its own: what a collective is still to bring is waited for."""
+    tensor = tensor.detach()
+    if _is_a(tensor, "torch.distributed._functional_collectives", "AsyncCollectiveTensor"):
+        return tensor.wait()  # type: ignore[attr-defined]
+    return tensor
+
+
+def _is_a(tensor: Tensor, module: str, name: str) -> bool:
+    """Nobody can hold one without its module having been imported."""
+    return module in sys.modules and isinstance(tensor, getattr(sys.modules[module], name))
+
+
+def check_number(name: str, value: Any) -> Any:
+    """The number given for an argument, as a float or an int of Python's."""
+    expected, fits = REALS[name] if name in REALS else INTEGERS[name]
+    if value is None and expected.endswith("None"):
+        return None
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{name}: expected {expected}, got a tensor that requires gradients, and none would reach it; pass its "
+            ".item(), and multiply student_input by what is to be learned"
+        )
+    try:
+        number = operator.index(value) if name in INTEGERS else _as_float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
+    if not (math.isfinite(number) and fits(number)):
+        raise ValueError(f"{name}: expected {expected}, got {number}")
+    return number
+
+
+def _as_float(value: object) -> float:
+    if not isinstance(value, (numbers.Real, Tensor)):  # float() would read a string
+        raise TypeError
+    return float(value)
+
+
+def check_names(reduction: str, backend: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: unknown {reduction!r}; known: {', '.join(REDUCTIONS)}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: unknown {backend!r}; known: {', '.join(BACKENDS)}")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size: expected a number of rows of at least 1 or None, got {chunk_size!r}")
-    if not (grad_filter_eps >= 0 and math.isfinite(grad_filter_eps)):
-        raise ValueError(f"grad_filter_eps: expected 0 (exact) or a small positive number, got {grad_filter_eps}")
+
+
+def check_num_items(num_items: int | float | Tensor | None, reduction: str) -> None:
     if num_items is None:
         return
     if reduction != "mean":
@@ -68,6 +133,8 @@ def check_scalars(
             raise ValueError(f"num_items: expected one number, got a tensor of shape {tuple(num_items.shape)}")
         if not _values_are_checked(num_items):
             return
+    elif not isinstance(num_items, numbers.Real):
+        raise TypeError(f"num_items: expected a number above 0 or None, got {num_items!r}")
     if not num_items > 0:
         raise ValueError(
             f"num_items: expected a number above 0, got {num_items}; leave it out to divide by the rows not ignored"
@@ -116,8 +183,8 @@ def check_heads(
 def _check_head(side: str, head: Head) -> None:
     named = {f"{side}_input": head.input, f"{side}_weight": head.weight, f"{side}_bias": head.bias}
     for name, tensor in named.items():
-        if tensor is not None:
-            _check_tensor(name, tensor)
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}")
     hidden, weight = head.input, head.weight
     for name, tensor in ((f"{side}_input", hidden), (f"{side}_weight", weight)):
         if tensor.dim() != 2:
@@ -141,25 +208,6 @@ def _check_head(side: str, head: Head) -> None:
                 f"{side}_bias: expected shape ({weight.shape[0]},) ({side}_weight), got {tuple(head.bias.shape)}"
             )
         _check_device(f"{side}_bias", head.bias, hidden)
-    if not (math.isfinite(head.logit_scale) and head.logit_scale != 0.0):
-        raise ValueError(f"{side}_logit_scale: expected a finite number other than 0, got {head.logit_scale}")
-    if head.softcap is not None and not (head.softcap > 0 and math.isfinite(head.softcap)):
-        raise ValueError(f"{side}_softcap: expected a finite number above 0 or None, got {head.softcap}")
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    # Nobody can hold a DTensor without this module having been imported.
-    dtensor_module = sys.modules.get("torch.distributed.tensor")
-    if dtensor_module is not None and isinstance(tensor, dtensor_module.DTensor):
-        raise TypeError(
-            f"{name}: expected a plain tensor, got a DTensor; compute the loss inside the root FSDP module's forward "
-            "(or a method registered with register_fsdp_forward_method), where the head is gathered and its gradient "
-            "reduced. full_tensor() outside it would lose that reduction"
-        )
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}")
 
 
 def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
@@ -198,7 +246,7 @@ def _check_vocabularies(student: Head, teacher: Head | None, vocab_size: int | N
         return num_student if student_ids is None else len(student_ids)
     if vocab_size is not None:
         smallest = min(num_student, num_teacher)
-        if not 1 <= vocab_size <= smallest:
+        if vocab_size > smallest:
             raise ValueError(
                 f"vocab_size: expected 1 to {smallest}, the smaller of the heads ({num_student} student, "
                 f"{num_teacher} teacher tokens), got {vocab_size}"

@@ -19,12 +19,23 @@ from kdflow_kernels.tiled_logits import Blocks
 from kdflow_kernels.torch_rows import TorchRows, argmax, divergence_terms, logits_gradient
 
 
+class _Softmax(NamedTuple):
+    """What makes logits x log-probabilities: (x - maximum) - log_sum, two numbers, as their sum would round to the digits
+    that large logits leave it; each (n,)."""
+
+    maximum: Tensor
+    log_sum: Tensor  # of exp(x - maximum)
+
+    def log_probs(self, x: Tensor, rows: slice) -> Tensor:
+        return (x - self.maximum[rows].unsqueeze(-1)).sub_(self.log_sum[rows].unsqueeze(-1))
+
+
 class _Normalisers(NamedTuple):
     """Of a chunk's rows over all ranks' columns, each (n,)."""
 
-    student: Tensor  # log sum exp of the compared logits / T
-    teacher: Tensor
-    whole: Tensor  # log sum exp of the student's whole head
+    student: _Softmax  # of the compared logits / T
+    teacher: _Softmax
+    whole: _Softmax  # of the student's whole head
     label_logit: Tensor  # NaN where no rank has the label
     agreement: Tensor  # 1 where both sides' likeliest compared token, of equal ones the first, is the same
 
@@ -53,7 +64,7 @@ class VocabParallelRows(TorchRows):
         kd, gradient_sum, terms = sums[0], sums[1], self.terms
         for place, values in (
             (terms.kd, kd),
-            (terms.ce, normalisers.whole - normalisers.label_logit),
+            (terms.ce, normalisers.whole.log_sum - (normalisers.label_logit - normalisers.whole.maximum)),
             (terms.student_entropy, sums[2]),
             (terms.teacher_entropy, sums[3]),
             (terms.top1_agreement, normalisers.agreement),
@@ -90,16 +101,16 @@ class VocabParallelRows(TorchRows):
         whole, _ = _merge(gathered[:, 6:9])
         label_logit, num_owners = gathered[:, 9:11].sum(0)
         label_logit = label_logit.masked_fill(num_owners != 1.0, float("nan"))
-        return _Normalisers(student, teacher, whole, label_logit, (student_top == teacher_top).to(student.dtype))
+        return _Normalisers(student, teacher, whole, label_logit, (student_top == teacher_top).to(label_logit.dtype))
 
     def _probabilities(self, normalisers: _Normalisers, chunk_start: int, step: slice):
         """z (r, V), log q and log p (r, K); log p is None without a teacher."""
         z, teacher_z = self._logits(chunk_start, step)
         in_chunk = slice(step.start - chunk_start, step.stop - chunk_start)
-        log_q = self._scaled(z[:, : self.problem.num_compared]) - normalisers.student[in_chunk].unsqueeze(-1)
+        log_q = normalisers.student.log_probs(self._scaled(z[:, : self.problem.num_compared]), in_chunk)
         log_p = None
         if teacher_z is not None:
-            log_p = self._scaled(teacher_z) - normalisers.teacher[in_chunk].unsqueeze(-1)
+            log_p = normalisers.teacher.log_probs(self._scaled(teacher_z), in_chunk)
         return z, log_q, log_p
 
     def _sums(self, normalisers: _Normalisers, chunk_start: int, step: slice) -> Tensor:
@@ -126,7 +137,7 @@ class VocabParallelRows(TorchRows):
         if log_p is not None:
             _, g = divergence_terms(self.problem, log_p.exp(), q, log_p, log_q, True)
         if self.problem.ce_weight != 0.0 and self.labels is not None and self.owned is not None:
-            ce_probs = (z - normalisers.whole[in_chunk].unsqueeze(-1)).exp_()
+            ce_probs = normalisers.whole.log_probs(z, in_chunk).exp_()
             labels, owned = self.labels[rows], self.owned[rows]
         return logits_gradient(
             self.problem,
@@ -153,10 +164,10 @@ def _softmax_parts(x: Tensor, start: int) -> Tensor:
     return torch.stack((maximum.squeeze(-1), (x - maximum).exp_().sum(-1), (top.squeeze(-1) + start).to(x.dtype)))
 
 
-def _merge(parts: Tensor) -> tuple[Tensor, Tensor]:
-    """log sum exp and first token of the maximum over all ranks, from _softmax_parts of each, (R, 3, n)."""
+def _merge(parts: Tensor) -> tuple[_Softmax, Tensor]:
+    """The softmax over all ranks and the maximum's first token, from _softmax_parts of each, (R, 3, n)."""
     maxima, sums, tops = parts.unbind(1)
     maximum = maxima.amax(0)
     first = (maxima == maximum).to(torch.int8).argmax(0)
     total = (sums * (maxima - maximum).exp()).sum(0)
-    return maximum + total.log(), tops.gather(0, first.unsqueeze(0)).squeeze(0)
+    return _Softmax(maximum, total.log()), tops.gather(0, first.unsqueeze(0)).squeeze(0)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import torch
 from kd_oracle import Case
 from test_fused_kd_loss import make
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from kdflow_kernels import (
     JSD,
@@ -128,6 +131,8 @@ def test_a_users_own_divergence():
     class WeightedKL(Divergence):
         weight: float = 2.0
         mode: str = "forward"
+        half: float = field(init=False, default=0.5)
+        scale: ClassVar[float] = 3.0
 
         def pointwise(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
             p = self.weight * log_p.exp()
@@ -146,9 +151,15 @@ class Nameless(Divergence):
         return log_p.exp() * (log_p - log_q), -log_p.exp()
 
 
-def test_a_divergence_that_is_not_registered_is_named_in_the_error():
+@dataclass(frozen=True)
+class Derived(JSD):
+    """Has its parent's name, which is not its own."""
+
+
+@pytest.mark.parametrize("divergence", [Nameless(), Derived()], ids=str)
+def test_a_divergence_that_is_not_registered_is_named_in_the_error(divergence: Divergence):
     with pytest.raises(Exception, match=r"torch\.compile needs a registered one"):
-        check(make(), divergence=Nameless())
+        check(make(), divergence=divergence)
 
 
 def test_errors_are_those_of_eager():
@@ -214,6 +225,40 @@ def test_a_model_trains_as_it_does_in_eager():
         results.append(losses)
     assert results[0][-1] < results[0][0]
     assert results[1] == pytest.approx(results[0], rel=2e-3)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_derivative_is_refused(reduction: str):
+    case = make(reduction=reduction).cast(torch.float32)
+    compiled = torch.compile(lambda tensors: loss_of(tensors, case.options).loss, fullgraph=True, backend="eager")
+    loss, hidden, weight = compiled(case.tensors).sum(), case.tensors["student_input"], case.tensors["student_weight"]
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated again.*use backend='reference'"):
+        torch.autograd.grad(loss + gradient.square().sum(), weight)
+
+
+def test_fake_tensors_have_their_shapes_found():
+    case = make(reduction="none", ce_weight=0.3).cast(torch.float32)
+    mode = FakeTensorMode()
+    tensors = {name: mode.from_tensor(tensor.detach()) for name, tensor in case.tensors.items()}
+    with mode:
+        inside = loss_of(tensors, case.options)
+    for output in (inside, loss_of(tensors, case.options)):
+        assert all(isinstance(value, FakeTensor) for value in output)
+        assert output.loss.shape == case.tensors["shift_labels"].shape
+
+
+def test_a_recorded_graph_has_the_loss_in_it():
+    case = make(ce_weight=0.3).cast(torch.float32)
+
+    def gradient(hidden: Tensor) -> Tensor:
+        loss = loss_of({**case.tensors, "student_input": hidden}, case.options).loss
+        return torch.autograd.grad(loss, hidden)[0]
+
+    hidden = case.tensors["student_input"]
+    graph = make_fx(gradient)(hidden)
+    other = (hidden * 2.0).detach().requires_grad_()
+    torch.testing.assert_close(graph(other), gradient(other))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -11,6 +11,7 @@ from kdflow_kernels import (
     JSD,
     AdaptiveKL,
     Divergence,
+    ForwardKL,
     HierarchicalRanking,
     SkewedForwardKL,
     SkewedReverseKL,
@@ -158,3 +159,110 @@ def test_parameters_outside_their_range(make, message: str):
 def test_unknown_parameter_names_the_known_ones():
     with pytest.raises(TypeError, match=r"unknown parameters \['alpha'\]; it takes \['beta'\]"):
         get_divergence("jsd", alpha=0.3)
+
+
+def small() -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    shapes = {"student_input": (5, 4), "student_weight": (19, 4), "teacher_input": (5, 6), "teacher_weight": (19, 6)}
+    return {name: torch.randn(*shape, generator=g) for name, shape in shapes.items()}
+
+
+@dataclass(frozen=True)
+class DoubledByTerms(ForwardKL):
+    def terms(self, p, q, log_p, log_q):
+        return 2.0 * p * (log_p - log_q), -2.0 * p
+
+
+@dataclass(frozen=True)
+class DoubledByPointwise(ForwardKL):
+    def pointwise(self, log_p, log_q):
+        f, g = super().pointwise(log_p, log_q)
+        return 2.0 * f, 2.0 * g
+
+
+@dataclass(frozen=True)
+class DoubledAgain(DoubledByPointwise):
+    def terms(self, p, q, log_p, log_q):
+        return 4.0 * p * (log_p - log_q), -4.0 * p
+
+
+@dataclass(frozen=True)
+class DoubledRanking(HierarchicalRanking):
+    def rows(self, log_p, log_q):
+        return 2.0 * super().rows(log_p, log_q)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize(
+    "divergence, parent, factor",
+    [
+        (DoubledByTerms(), "forward_kl", 2.0),
+        (DoubledByPointwise(), "forward_kl", 2.0),
+        (DoubledAgain(), "forward_kl", 4.0),
+        (DoubledRanking(), "hierarchical_ranking", 2.0),
+    ],
+)
+def test_a_derived_divergence_is_not_taken_for_its_parent(divergence: Divergence, parent: str, factor: float, backend):
+    """fp32 on the CPU: what has a form in C++ or Triton would run there."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    loss = fused_kd_loss(**small(), divergence=divergence, backend=backend).loss
+    torch.testing.assert_close(loss, factor * fused_kd_loss(**small(), divergence=parent, backend="reference").loss)
+
+
+def test_a_kernel_is_inherited_with_the_formula_it_is_of():
+    class Own(Divergence):
+        def pointwise(self, log_p, log_q):
+            return log_p, log_q
+
+        def jit(self):
+            return "a kernel"
+
+    class AnotherParameter(Own):
+        pass
+
+    class AnotherFormula(Own):
+        def terms(self, p, q, log_p, log_q):
+            return p, q
+
+    assert AnotherParameter().jit() == "a kernel"
+    assert AnotherFormula().jit() is None
+
+
+def returning(method: str, found) -> Divergence:
+    return type("Wrong", (Divergence,), {method: lambda self, log_p, log_q: found(log_p, log_q)})()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(
+    "divergence, message",
+    [
+        (returning("rows", lambda log_p, log_q: log_q.sum(-1).mean()), r"Wrong\.rows: expected shape \(5,\).* \(\);"),
+        (returning("rows", lambda log_p, log_q: log_q.sum(-1, keepdim=True)), r"Wrong\.rows: .* got .* \(5, 1\);"),
+        (
+            returning("pointwise", lambda log_p, log_q: (log_q.sum(-1), log_q)),
+            r"Wrong\.pointwise: .* shape \(5,\), a tensor",
+        ),
+        (returning("pointwise", lambda log_p, log_q: (log_q, None)), r"Wrong\.pointwise: .* shape \(5, 19\), None\);"),
+        (returning("pointwise", lambda log_p, log_q: log_q), r"Wrong\.pointwise: expected \(f, df/dlog q\)"),
+    ],
+)
+def test_what_a_formula_returns_is_checked(divergence: Divergence, message: str, backend: str):
+    with pytest.raises(ValueError, match=message):
+        fused_kd_loss(**small(), divergence=divergence, backend=backend)
+
+
+@pytest.mark.parametrize("divergence", [Divergence(), type("Both", (ForwardKL,), {"rows": lambda *_: None})()])
+def test_a_divergence_has_exactly_one_formula(divergence: Divergence):
+    with pytest.raises(TypeError, match="must override exactly one of pointwise and rows"):
+        fused_kd_loss(**small(), divergence=divergence)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("name", list_divergences())
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_teacher_row_that_is_no_number_shows(name: str, value: float, backend: str):
+    tensors = small()
+    tensors["teacher_input"][1] = value
+    loss = fused_kd_loss(**tensors, divergence=name, backend=backend, reduction="none").loss
+    assert loss.isfinite().tolist() == [True, False, True, True, True]

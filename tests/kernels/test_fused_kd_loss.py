@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import weakref
 
 import pytest
 import torch
@@ -306,8 +307,26 @@ def test_autocast_casts_like_linear():
     low_loss, low_grads = ours(case.cast(torch.bfloat16), torch.bfloat16)
     torch.testing.assert_close(loss, low_loss)
     weight_grad = case.tensors["student_weight"].grad
+    assert weight_grad is not None
     assert weight_grad.dtype == torch.float32
     torch.testing.assert_close(weight_grad, low_grads["student_weight"].float())
+
+
+def test_autocast_leaves_fp64_alone_like_linear():
+    case = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fused_kd_loss(**case.tensors).loss
+    assert torch.equal(loss, fused_kd_loss(**case.tensors).loss)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_the_students_dtype_is_that_of_all_numbers(shape: tuple[int, ...], backend: str):
+    case = make().cast(torch.float32)
+    wide = {n: t.double() if n.startswith("teacher") else t for n, t in case.tensors.items()}
+    output = fused_kd_loss(**wide, num_items=torch.full(shape, 17.0, dtype=torch.float64), backend=backend)
+    assert {value.dtype for value in output[:-1]} == {torch.float32}
+    torch.testing.assert_close(output.loss, fused_kd_loss(**wide, num_items=17).loss)
 
 
 @pytest.mark.parametrize("frozen", ["student_input", "student_weight", "student_bias"])
@@ -341,13 +360,49 @@ def test_backward_twice_through_a_retained_graph(reduction: str):
     torch.testing.assert_close(first, 3 * second)
 
 
-def test_an_input_changed_before_backward_raises():
-    case = make(labels="none")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["student_input", "student_weight", "teacher_input", "teacher_weight", "teacher_bias",
+                                  "shift_labels", "row_weight", "student_token_ids"])  # fmt: skip
+def test_a_tensor_changed_before_backward_raises_where_backward_reads_it(name: str, reduction: str):
+    case = make(
+        labels="all", ce_weight=0.4, row_weight=True, teacher_bias=True, vocabulary="paired", reduction=reduction
+    )
+    loss = fused_kd_loss(**case.tensors, **case.options).loss.sum()
+    wanted = case.gradients(fused_kd_loss(**case.tensors, **case.options).loss.sum())
+    with torch.no_grad():
+        case.tensors[name].copy_(case.tensors[name].flip(0))
+    if reduction == "none":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    else:
+        for key, gradient in case.gradients(loss).items():
+            assert torch.equal(gradient, wanted[key])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("labels", ["all", "some ignored"])
+def test_a_loss_that_is_kept_keeps_nothing_alive(labels: str, reduction: str):
+    case = make(labels=labels, ce_weight=0.4, reduction=reduction)
     hidden = case.tensors["student_input"] * 1.0
-    loss = fused_kd_loss(**{**case.tensors, "student_input": hidden}).loss
-    hidden.add_(1.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    loss = fused_kd_loss(**{**case.tensors, "student_input": hidden}, **case.options).loss.sum()
+    constants = ("teacher_input", "teacher_weight", "shift_labels")
+    kept = [weakref.ref(tensor.untyped_storage()) for tensor in (hidden, *(case.tensors.pop(n) for n in constants))]
+    del hidden
+    loss.backward()
+    assert [storage() for storage in kept] == [None] * 4
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["student_weight", "scale"])
+def test_a_second_derivative_is_refused(name: str, reduction: str):
+    case = make(reduction=reduction)
+    scale = torch.tensor(2.0, requires_grad=True)
+    loss = scale * fused_kd_loss(**case.tensors, **case.options).loss.sum()
+    (gradient,) = torch.autograd.grad(loss, case.tensors["student_input"], create_graph=True)
+    by = {**case.tensors, "scale": scale}[name]
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated again.*use backend='reference'"):
+        torch.autograd.grad(loss + gradient.square().sum(), by)
 
 
 def test_fp16_gradients_survive_until_the_loss_scale():
@@ -395,7 +450,7 @@ def test_nan_in_ignored_rows_reaches_nothing():
 def test_module_equals_function():
     case = make(vocabulary="paired", student_bias=True, row_weight=True, divergence="jsd", ce_weight=0.3)
     t = dict(case.tensors)
-    fixed = {n: t.pop(n) for n in ("student_token_ids", "teacher_token_ids", "student_bias")}
+    fixed = {n: t.pop(n) for n in ("student_token_ids", "teacher_token_ids")}
     module = FusedKDLoss(**fixed, **case.options)
     assert not list(module.parameters())
     assert not module.state_dict()

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from kdflow_kernels import Divergence, fused_kd_loss, get_divergence, list_divergences, native_rows, register_divergence
 from kdflow_kernels.native_rows import NativeRows
@@ -137,6 +138,28 @@ def test_any_number_of_threads(threads: int, calls):
         torch.set_num_threads(before)
     for a, b in zip(found[:2], wanted[:2], strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_default_device_elsewhere(calls):
+    wanted = run(inputs())
+    tensors = inputs()
+    with torch.device("meta"):
+        found = run(tensors)
+    assert calls
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_tensors_that_hold_no_memory_of_their_own_are_left_to_torch(calls):
+    tensors, options = inputs(), {"ce_weight": 0.3, "reduction": "sum"}
+    wanted = fused_kd_loss(**tensors, **options).loss
+    calls.clear()
+    labels, weight = tensors.pop("shift_labels"), torch.ones(40)
+    of_labels = fused_kd_loss(**tensors, shift_labels=TwoTensor(labels, labels), **options).loss
+    of_weight = fused_kd_loss(**tensors, shift_labels=labels, row_weight=TwoTensor(weight, weight), **options).loss
+    assert not calls
+    torch.testing.assert_close(of_labels, wanted, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(of_weight.a, wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_a_divergence_of_ones_own_and_fp64_are_left_to_torch(calls):

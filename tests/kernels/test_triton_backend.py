@@ -23,6 +23,7 @@ from kdflow_kernels import (
 from kdflow_kernels.problem import GradientNeeds, Head, Problem
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.any_device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIVERGENCES = [name for name in list_divergences() if get_divergence(name).jit() is not None]
@@ -174,6 +175,32 @@ def test_cross_entropy_alone():
     for name in ("teacher_input", "teacher_weight"):
         del case.tensors[name]
     check(case.to(DEVICE), torch.float32)
+
+
+def test_no_weight_no_gradient():
+    """As where the divergence is warmed up from nothing, with labels for a mask."""
+    case = make(kd_weight=0.0, student_bias=True)
+    loss, gradients = ours(case.to(DEVICE), torch.float32, "triton")
+    assert loss == 0.0
+    assert set(gradients) == {"student_input", "student_weight", "student_bias"}
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_every_token_paired_with_a_teacher_in_fp16():
+    case = make(vocabulary="paired", vocab=50).to(DEVICE)
+    case.tensors["student_token_ids"] = torch.arange(50, device=DEVICE)
+    case.tensors["teacher_token_ids"] = torch.arange(9, 59, device=DEVICE)
+    true, _ = ours(case, torch.float64, "reference")
+    found, _ = ours(case, torch.float16, "triton")
+    torch.testing.assert_close(found.double(), true, rtol=5e-3, atol=0.0)
+
+
+def test_cross_entropy_alone_has_the_entropy_of_the_tokens_asked_for():
+    case = make(vocabulary="paired", kd_weight=0.0, ce_weight=1.0).cast(torch.float32).to(DEVICE)
+    case.tensors |= dict.fromkeys(("teacher_input", "teacher_weight", "teacher_token_ids"))
+    expected = fused_kd_loss(**case.tensors, **case.options, backend="torch").student_entropy
+    found = fused_kd_loss(**case.tensors, **case.options, backend="triton").student_entropy
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("name", ["student_input", "student_weight", "teacher_input", "teacher_weight"])

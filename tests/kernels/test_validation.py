@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from kdflow_kernels import FusedKDLoss, fused_kd_loss
 
@@ -134,6 +139,37 @@ BAD = {
         ValueError,
         "temperature: expected a finite number above 0, got nan",
     ),
+    "temperature None": ({"temperature": None}, TypeError, "temperature: expected a finite number above 0, got None"),
+    "temperature as text": ({"temperature": "2"}, TypeError, "temperature: expected a finite number above 0, got '2'"),
+    "temperature to be learned": (
+        {"temperature": torch.tensor(2.0, requires_grad=True)},
+        TypeError,
+        "temperature: expected a finite number above 0, got a tensor that requires gradients",
+    ),
+    "softcap to be learned": (
+        {"student_softcap": torch.tensor(2.0, requires_grad=True), "backend": "reference"},
+        TypeError,
+        "student_softcap: expected a finite number above 0 or None, got a tensor that requires gradients",
+    ),
+    "no student": ({"student_input": None}, TypeError, "student_input: expected a torch.Tensor, got NoneType"),
+    "labels as a list": ({"shift_labels": [1] * 6}, TypeError, "shift_labels: expected a torch.Tensor, got list"),
+    "rows of numpy's": (
+        {"student_input": np.ones((6, 4))},
+        TypeError,
+        "student_input: expected a torch.Tensor, got nd",
+    ),
+    "ids as a list": (
+        {"student_token_ids": [1], "teacher_token_ids": ids(1)},
+        TypeError,
+        "student_token_ids: expected a torch.Tensor, got list",
+    ),
+    "ignore_index None": ({"ignore_index": None}, TypeError, "ignore_index: expected an integer, got None"),
+    "vocab_size's type": (
+        {"vocab_size": 5.0},
+        TypeError,
+        "vocab_size: expected a number of tokens of at least 1 or None, got 5.0",
+    ),
+    "num_items' type": ({"num_items": "8"}, TypeError, "num_items: expected a number above 0 or None, got '8'"),
     "kd_weight": ({"kd_weight": float("inf")}, ValueError, "kd_weight: expected a finite number, got inf"),
     "softcap": (
         {"student_softcap": -1.0},
@@ -203,22 +239,53 @@ def test_module_checks_its_options_when_made():
         FusedKDLoss(divergence="fkl")
 
 
-def test_dtensor_is_sent_to_the_root_modules_forward():
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
-
+@pytest.fixture
+def mesh():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        given = tensors()
-        given["student_weight"] = distribute_tensor(given["student_weight"].detach(), init_device_mesh("cpu", (1,)))
-        with pytest.raises(TypeError, match=r"student_weight: .* got a DTensor; compute the loss inside the root FSDP"):
-            fused_kd_loss(**given)
-    finally:
-        dist.destroy_process_group()
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+ALL = {**tensors(), "ce_weight": 0.5, "row_weight": torch.rand(6), "num_items": torch.tensor(7.0)}
+ALL |= {
+    "student_bias": f32(20),
+    "teacher_bias": f32(20),
+    "student_token_ids": ids(1, 2),
+    "teacher_token_ids": ids(3, 1),
+}
+CUT = [name for name, value in ALL.items() if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_dtensor_is_sent_to_the_root_modules_forward(name: str, mesh):
+    given = {**ALL, name: distribute_tensor(ALL[name].detach(), mesh)}
+    with pytest.raises(TypeError, match=rf"{name}: .* got a DTensor; compute the loss inside the root FSDP"):
+        fused_kd_loss(**given)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_what_a_collective_still_brings_is_waited_for(paired: bool):
+    """What C++ reads must not be the tensor that stands for it."""
+    given = {**ALL, "reduction": "sum", "num_items": None, "shift_labels": ids(3, 19, 2, 0, 7, 7)}
+    if not paired:
+        given["student_token_ids"] = given["teacher_token_ids"] = None
+    wanted = fused_kd_loss(**given).loss
+    for name in CUT:
+        if given[name] is not None:
+            coming = AsyncCollectiveTensor(given[name].detach())
+            assert fused_kd_loss(**{**given, name: coming}).loss == wanted
 
 
 def test_a_custom_ignore_index():
     given = tensors()
     given["shift_labels"] = ids(1, 2, -1, 3, -1, 4)
     assert fused_kd_loss(**given, ignore_index=-1).num_tokens == 4
+
+
+def test_numbers_of_numpys_and_torchs_are_numbers():
+    as_numpy = {"temperature": np.float32(2), "vocab_size": np.int64(5), "chunk_size": np.int32(2)}
+    as_torch = {"temperature": torch.tensor(2.0), "vocab_size": torch.tensor(5), "chunk_size": torch.tensor(2)}
+    wanted = fused_kd_loss(**tensors(), temperature=2.0, vocab_size=5, chunk_size=2).loss
+    assert fused_kd_loss(**tensors(), **as_numpy).loss == wanted
+    assert fused_kd_loss(**tensors(), **as_torch).loss == wanted
+    assert FusedKDLoss(**as_numpy)(**tensors()).loss == wanted

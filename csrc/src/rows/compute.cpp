@@ -153,18 +153,19 @@ void add_terms(const Buffer& z, const Buffer& y, int n, LogProbs student, LogPro
   sums.g += g_sum;
 }
 
-// Step 3's divergence over the first n columns: dz = kd_scale g + q_factor q, where q_factor holds the sum
-// of g and, with a shared softmax, cross-entropy's part; returns the sum of f.
+// Step 3's divergence over the first n columns: dz = kd_scale (g - q g_sum) + ce_scale q, where ce_scale is cross-entropy's
+// if it shares the softmax; returns the sum of f. The difference comes first: of a peaked row it is small beside its parts,
+// whose products with kd_scale would be rounded.
 template <class D>
 float write_terms(const Buffer& z, const Buffer& y, int n, LogProbs student, LogProbs teacher, float parameter,
-                  float kd_scale, float q_factor, Buffer& dz) {
+                  float kd_scale, float g_sum, float ce_scale, Buffer& dz) {
   float f_sum = 0.0F;
 #pragma omp simd reduction(+ : f_sum)
   for (int j = 0; j < n; ++j) {
     const float log_q = student.at(z.at[j]), log_p = teacher.at(y.at[j]);
     const float q = exp_nonpositive(log_q);
     const Term term = D::at(parameter, exp_nonpositive(log_p), q, log_p, log_q);
-    dz.at[j] = kd_scale * term.g + q_factor * q;
+    dz.at[j] = kd_scale * (term.g - q * g_sum) + ce_scale * q;
     f_sum += term.f;
   }
   return f_sum;
@@ -249,7 +250,7 @@ struct Step {
       const float scale = job.row_scale[index];
       const float kd_scale = kd_gradient ? scale * options.kd_weight * inverse_temperature : 0.0F;
       const float ce_scale = ce_gradient ? scale * options.ce_weight : 0.0F;
-      const float q_factor = (own_ce ? 0.0F : ce_scale) - kd_scale * static_cast<float>(sums.g);
+      const float g_sum = static_cast<float>(sums.g), shared_ce_scale = own_ce ? 0.0F : ce_scale;
       // Each pass goes the other way than the one before: it begins with what is still in the cache.
       for (std::int64_t count = 0; count < num_tiles; ++count) {
         const std::int64_t tile = summed ? count : num_tiles - 1 - count;
@@ -257,7 +258,7 @@ struct Step {
         student.load(tile, z);
         if (kd_gradient && n > 0) {
           teacher.load(tile, y);
-          const float f = write_terms<D>(z, y, n, q, p, options.parameter, kd_scale, q_factor, dz);
+          const float f = write_terms<D>(z, y, n, q, p, options.parameter, kd_scale, g_sum, shared_ce_scale, dz);
           if (!summed) sums.f += f;
           for (int j = n; j < width; ++j) dz.at[j] = 0.0F;
         } else {

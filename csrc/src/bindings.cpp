@@ -1,7 +1,7 @@
 // kdflow._ring: the ring for Python. kdflow/transport/ring.py is the face that users see.
 #include "bindings.hpp"
 
-#include <cmath>
+#include <cstring>
 
 namespace {
 
@@ -23,7 +23,10 @@ py::dict to_dict(const SideStats& side) {
 void set_error(const char* name, const TransportError& error) {
   const py::object type = py::module_::import("kdflow.errors").attr(name);
   const py::object ticket = error.ticket ? py::object(py::int_(*error.ticket)) : py::object(py::none());
-  PyErr_SetObject(type.ptr(), type(error.what(), py::arg("ticket") = ticket).ptr());
+  // What another process gave as its reason may be anything.
+  const auto text = py::reinterpret_steal<py::str>(
+      PyUnicode_DecodeUTF8(error.what(), static_cast<py::ssize_t>(std::strlen(error.what())), "replace"));
+  PyErr_SetObject(type.ptr(), type(text, py::arg("ticket") = ticket).ptr());
 }
 
 void translate(std::exception_ptr thrown) {
@@ -44,25 +47,26 @@ void translate(std::exception_ptr thrown) {
 
 void put(PyRing& self, Ticket ticket, double timeout_s, std::uint8_t code, std::uint8_t bits,
          const std::vector<std::int64_t>& shape, std::uintptr_t address, std::int64_t microbatch_id, std::int64_t tag) {
+  const Ring ring = self.opened();
   Record record{};
-  self->member()->shape(record, "put", ticket, code, bits, shape);
+  ring.member()->shape(record, "put", ticket, code, bits, shape);
   record.microbatch_id = microbatch_id;
   record.tag = tag;
   const Wait wait = make_wait(timeout_s);
   const Unlocked unlocked;
-  self->put(ticket, record, reinterpret_cast<const void*>(address), wait);
+  ring.put(ticket, record, reinterpret_cast<const void*>(address), wait);
 }
 
 void send(PyRing& self, const py::buffer& payload, double timeout_s) {
   const py::buffer_info info = payload.request();
   if (PyBuffer_IsContiguous(info.view(), 'C') == 0) throw std::invalid_argument("payload: expected contiguous bytes");
   const auto nbytes = static_cast<std::int64_t>(info.size * info.itemsize);
+  const Ring ring = self.opened();
+  Record record{};
+  ring.member()->shape(record, "send", std::nullopt, 1, 8, {&nbytes, 1});
   const Wait wait = make_wait(timeout_s);
   const Unlocked unlocked;
-  Lease lease = self->reserve(std::nullopt, wait);
-  lease.shape(1, 8, {&nbytes, 1});
-  lease.fill(info.ptr);
-  lease.commit();
+  ring.put(std::nullopt, record, info.ptr, wait);
 }
 
 }  // namespace
@@ -139,47 +143,51 @@ PYBIND11_MODULE(_ring, module) {
       .def_property_readonly("in_device_memory",
                              [](const PyRing& self) { return self.header().placement == Placement::device; })
       .def_property_readonly("closed", [](const PyRing& self) { return !self.ring; })
-      .def("fileno", [](const PyRing& self) { return self->slots().fd(); })
+      .def("fileno", [](const PyRing& self) { return self.opened().slots().fd(); })
       .def(
           "reserve",
           [](PyRing& self, Ticket ticket, double timeout_s) {
+            const Ring ring = self.opened();
             const Wait wait = make_wait(timeout_s);
             const Unlocked unlocked;
-            return self->reserve(ticket, wait);
+            return ring.reserve(ticket, wait);
           },
           py::arg("ticket"), py::arg("timeout_s"))
       .def(
           "receive",
           [](PyRing& self, Ticket ticket, double timeout_s) {
+            const Ring ring = self.opened();
             const Wait wait = make_wait(timeout_s);
             const Unlocked unlocked;
-            return self->receive(ticket, wait);
+            return ring.receive(ticket, wait);
           },
           py::arg("ticket"), py::arg("timeout_s"))
       .def(
           "try_receive",
           [](PyRing& self, Ticket ticket) {
-            const Unlocked unlocked;
+            const Ring ring = self.opened();
             if (self.notifier) self.notifier->clear();
-            return self->try_receive(ticket);
+            const Unlocked unlocked;
+            return ring.try_receive(ticket);
           },
           py::arg("ticket"))
       .def("put", &put, py::arg("ticket"), py::arg("timeout_s"), py::arg("code"), py::arg("bits"), py::arg("shape"),
            py::arg("address"), py::arg("microbatch_id"), py::arg("tag"))
       .def("send", &send, py::arg("payload"), py::arg("timeout_s"))
-      .def("is_free", [](const PyRing& self, std::uint64_t ticket) { return self->is_free(ticket); })
-      .def("reclaim", [](PyRing& self, std::uint64_t ticket) { self->reclaim(ticket); })
+      .def("is_free", [](const PyRing& self, std::uint64_t ticket) { return self.opened().is_free(ticket); })
+      .def("reclaim", [](PyRing& self, std::uint64_t ticket) { self.opened().reclaim(ticket); })
       .def(
           "wait_for_peer",
           [](PyRing& self, double timeout_s) {
+            const Ring ring = self.opened();
             const Wait wait = make_wait(timeout_s);
             const Unlocked unlocked;
-            self->wait_for_peer(wait);
+            ring.wait_for_peer(wait);
           },
           py::arg("timeout_s"))
       .def("ready_fd",
            [](PyRing& self) {
-             if (!self.notifier) self.notifier = std::make_unique<Notifier>(self->member());
+             if (!self.notifier) self.notifier = std::make_shared<Notifier>(self.opened().member());
              return self.notifier->fd();
            })
       .def("clear_ready",
@@ -189,14 +197,14 @@ PYBIND11_MODULE(_ring, module) {
       .def("peers",
            [](PyRing& self) {
              std::vector<std::pair<std::string, std::int32_t>> peers;
-             for (const Peer& peer : self->member()->living()) {
+             for (const Peer& peer : self.opened().member()->living()) {
                peers.emplace_back(to_string(peer.identity.role()), peer.identity.pid());
              }
              return peers;
            })
       .def("stats",
            [](PyRing& self) {
-             const RingStats stats = self->stats();
+             const RingStats stats = self.opened().stats();
              return py::dict(py::arg("producers") = to_dict(stats.producers),
                              py::arg("consumers") = to_dict(stats.consumers), py::arg("depth") = stats.depth,
                              py::arg("writing") = stats.writing, py::arg("reading") = stats.reading,
@@ -204,7 +212,7 @@ PYBIND11_MODULE(_ring, module) {
                              py::arg("aborted") = stats.aborted, py::arg("reclaimed") = stats.reclaimed,
                              py::arg("lost") = stats.lost);
            })
-      .def("close", &PyRing::close, py::call_guard<Unlocked>());
+      .def("close", &PyRing::close);
 
   bind_cuda(module);
 }

@@ -1,6 +1,7 @@
 // What the parts of the module kdflow._ring share.
 #pragma once
 
+#include <cxxabi.h>
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -20,15 +21,16 @@ using namespace kdflow;
 
 using Ticket = std::optional<std::uint64_t>;
 
-// Before 3.14, Python ends a thread that asks for the lock of a finalising interpreter by unwinding its stack, which
-// C++ answers with std::terminate. A daemon thread in a wait stays here instead, until the process is gone.
-inline void stay_if_finalizing() {
-#if PY_VERSION_HEX >= 0x030d0000
-  const bool finalizing = Py_IsFinalizing() != 0;
-#else
-  const bool finalizing = _Py_IsFinalizing() != 0;
-#endif
-  while (finalizing) ::pause();
+// Takes the interpreter's lock. Before 3.14, Python ends a thread that asks a finalising interpreter for it by
+// unwinding the thread's stack, which C++ answers with std::terminate where an exception is on its way already. A
+// daemon thread stays here instead, until the process is gone.
+template <typename Take>
+auto take_lock(const Take& take) {
+  try {
+    return take();
+  } catch (const abi::__forced_unwind&) {
+    while (true) ::pause();
+  }
 }
 
 // The block runs without the interpreter's lock.
@@ -36,9 +38,8 @@ class Unlocked {
  public:
   Unlocked() : state_(PyEval_SaveThread()) {}
   Unlocked(const Unlocked&) = delete;
-  ~Unlocked() noexcept(false) {
-    stay_if_finalizing();
-    PyEval_RestoreThread(state_);
+  ~Unlocked() {
+    take_lock([this] { PyEval_RestoreThread(state_); });
   }
 
  private:
@@ -54,8 +55,7 @@ inline std::chrono::nanoseconds make_timeout(double timeout_s) {
 
 inline Wait make_wait(double timeout_s) {
   return Wait{make_timeout(timeout_s), [] {
-                stay_if_finalizing();
-                const py::gil_scoped_acquire locked;
+                const auto locked = take_lock([] { return std::make_unique<py::gil_scoped_acquire>(); });
                 if (PyErr_CheckSignals() != 0) throw py::error_already_set();
               }};
 }
@@ -99,21 +99,26 @@ inline py::capsule to_dlpack(const Record& record, void* data, dlpack::Device de
 struct PyRing {
   explicit PyRing(Ring opened) : name(opened.slots().name()), ring(std::move(opened)) {}
 
-  const Ring* operator->() const {
+  // A copy, for a call that lets go of the interpreter's lock: another thread, or a signal handler, may close
+  // meanwhile.
+  Ring opened() const {
     if (!ring) throw TransportError(name + ": this ring is closed");
-    return &*ring;
+    return *ring;
   }
-  const Header& header() const { return (*this)->slots().header(); }
+  Header header() const { return opened().slots().header(); }
 
   void close() {  // the mapping stays for as long as a lease or a view is around
-    notifier.reset();
-    if (ring) ring->close();
-    ring.reset();
+    std::shared_ptr<Notifier> last_notifier = std::exchange(notifier, nullptr);
+    std::optional<Ring> last = std::exchange(ring, std::nullopt);
+    const Unlocked unlocked;
+    last_notifier.reset();
+    if (last) last->close();
+    last.reset();
   }
 
   std::string name;
   std::optional<Ring> ring;
-  std::unique_ptr<Notifier> notifier{};
+  std::shared_ptr<Notifier> notifier{};
 };
 
 // What every lease shows; `lease_of` finds the ring's own lease in it.

@@ -43,8 +43,9 @@ void put(Stage& self, Ticket ticket, double timeout_s, std::uint64_t stream, std
 void bind_stage(py::module_& module) {
   py::class_<Stage, std::shared_ptr<Stage>>(module, "Stage")
       .def(py::init([](const PyRing& ring, int ordinal) {
+             Ring opened = ring.opened();
              const Unlocked unlocked;
-             return std::make_shared<Stage>(*ring.operator->(), ordinal);
+             return std::make_shared<Stage>(std::move(opened), ordinal);
            }),
            py::arg("ring"), py::arg("ordinal"))
       .def(

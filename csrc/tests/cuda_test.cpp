@@ -17,6 +17,8 @@ void fake_hold(StreamHandle stream, int held);
 void fake_synchronize(StreamHandle stream);
 void fake_fail(const char* call, int result, int passing);
 int fake_live(const char* what);
+void fake_begin_capture();
+int fake_end_capture();
 }
 
 namespace {
@@ -211,6 +213,7 @@ TEST(work_that_fails_is_told_on_both_sides) {
     CHECK_THROWS(SlotAborted, consumer->receive(0, within(20s), stream));
     fake_fail("cuEventQuery", kSuccess, 0);
     CHECK_THROWS(CudaError, (producer->drain(20s), 0));
+    fake_synchronize(stream);  // the copy itself may still be running
   }
   producer->close(20s, 0s);
   CHECK(consumer->close(20s, 0s));
@@ -237,6 +240,85 @@ TEST(closing_meets_work_that_ends) {
     CHECK(ring.stats().producers.records == kNumSlots);
     CHECK(consumer->close(20s, 0s));
   }
+  CHECK(nothing_is_left());
+}
+
+TEST(the_thread_breaks_no_capture_of_another) {
+  const Ring ring = make_cuda_ring(Placement::device);
+  const auto consumer = stage_of(ring, Role::consumer);
+  const auto producer = stage_of(ring, Role::producer);
+  const StreamHandle stream = fake_stream(0);
+  {
+    const Buffer source(0, 1);
+    source.fill(0);
+    fake_hold(stream, 1);  // so that it is the thread that ends the record
+    put(*producer, 0, source, stream);
+    fake_begin_capture();
+    fake_hold(stream, 0);
+    producer->drain(20s);
+    CHECK(fake_end_capture() == 1);
+  }
+  producer->close(20s, 0s);
+  CHECK(consumer->close(20s, 0s));
+  CHECK(nothing_is_left());
+}
+
+TEST(each_waiting_producer_keeps_its_own_timeout) {  // for a consumer that does not come
+  const Ring ring = make_cuda_ring(Placement::device);
+  const auto producer = stage_of(ring, Role::producer);
+  const StreamHandle stream = fake_stream(0);
+  std::thread first([&] { CHECK_THROWS(TransportError, producer->reserve(0, within(20s), stream)); });
+  std::this_thread::sleep_for(10ms);
+  const Clock::time_point start = Clock::now();
+  CHECK_THROWS(RingTimeout, producer->reserve(1, within(5ms), stream));
+  CHECK(Clock::now() - start < 10s);
+  producer->close(20s, 0s);  // ends the first
+  first.join();
+  CHECK(nothing_is_left());
+}
+
+TEST(closing_meets_calls_of_other_threads) {
+  const StreamHandle stream = fake_stream(0);
+  for (int round = 0; round < 40; ++round) {
+    const Ring ring = make_cuda_ring(Placement::device);
+    const auto consumer = stage_of(ring, Role::consumer);
+    const auto producer = stage_of(ring, Role::producer);
+    {
+      const Buffer source(0, 1);
+      std::thread writing([&] {
+        try {
+          while (true) {
+            producer->put(std::nullopt, whole_record(*producer, 0), source.at(0), within(20s), stream);
+          }
+        } catch (const TransportError&) {
+        }
+      });
+      std::thread reading([&] {
+        try {
+          while (true) consumer->receive(std::nullopt, within(20s), stream).release();
+        } catch (const TransportError&) {
+        }
+      });
+      std::this_thread::sleep_for(std::chrono::microseconds(200 * round));
+      producer->close(20s, 0s);
+      CHECK(consumer->close(20s, 20s));
+      writing.join();
+      reading.join();
+      fake_synchronize(stream);
+    }
+    CHECK(ring.stats().reading == 0 && ring.stats().writing == 0);
+  }
+  CHECK(nothing_is_left());
+}
+
+TEST(close_below_a_waiting_call_ends_it) {  // as from a signal handler
+  const Ring ring = make_cuda_ring(Placement::device);
+  const auto consumer = stage_of(ring, Role::consumer);
+  const Wait wait{.timeout = 20s, .on_tick = [&] { CHECK(consumer->close(20s, 0s)); }};
+  const Clock::time_point start = Clock::now();
+  CHECK_THROWS(TransportError, consumer->receive(0, wait, fake_stream(0)));
+  CHECK(Clock::now() - start < 10s);
+  CHECK(ring.member()->living().empty());
   CHECK(nothing_is_left());
 }
 

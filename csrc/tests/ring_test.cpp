@@ -190,6 +190,79 @@ TEST(late_commit_of_a_revoked_slot_is_void) {
   CHECK(consumer.receive(0, within(0s)).record.nbytes == 20);
 }
 
+TEST(unreadable_record_in_order_is_lost_and_the_ring_goes_on) {
+  const Ring ring = make_ring(2, 64, RingKind::data, /*checksum=*/true);
+  const Ring producer = join(ring, Role::producer), consumer = join(ring, Role::consumer);
+  write_one(producer, std::nullopt, 64);
+  ring.slots().payload(0)[17] ^= std::byte{1};
+  CHECK_THROWS(RingCorrupt, consumer.receive(std::nullopt, within(0s)));
+  for (std::uint64_t ticket = 1; ticket < 8; ++ticket) {
+    write_one(producer, std::nullopt, 64);
+    CHECK(read_one(consumer, std::nullopt) == ticket);
+  }
+  CHECK(consumer.stats().lost == 1);
+}
+
+TEST(long_reasons_are_cut_between_characters) {
+  const Ring ring = make_ring(1);
+  const Ring producer = join(ring, Role::producer), consumer = join(ring, Role::consumer);
+  std::string reason = "x";
+  for (int i = 0; i < 90; ++i) reason += "\u00e9";  // two bytes each; 127 fit
+  producer.reserve(0, within(0s)).abort(reason);
+  CHECK(ring.slots().reason(0) == reason.substr(0, 127));
+  consumer.reclaim(0);
+  producer.reserve(0, within(0s)).abort(reason.substr(1));
+  CHECK(ring.slots().reason(0) == reason.substr(1, 126));
+}
+
+TEST(free_running_calls_find_where_tickets_have_got_to) {
+  const Ring ring = make_ring(4);
+  const Ring producer = join(ring, Role::producer), consumer = join(ring, Role::consumer);
+  for (std::uint64_t ticket = 0; ticket < 1001; ++ticket) {
+    write_one(producer, ticket);
+    read_one(consumer, ticket);
+  }
+  Lease lease = producer.reserve(std::nullopt, within(0s));
+  CHECK(lease.ticket() == 1001);
+  fill(lease, 8);
+  lease.commit();
+  CHECK(read_one(consumer, std::nullopt) == 1001);
+}
+
+TEST(close_ends_the_calls_of_other_threads) {
+  for (int round = 0; round < 50; ++round) {
+    const Ring ring = make_ring(2, 64, RingKind::request);
+    const Ring stays = join(ring, Role::consumer), producer = join(ring, Role::producer);
+    Ring closing = join(ring, Role::consumer);
+    std::thread waiter([&closing] {
+      try {
+        closing.receive(std::nullopt, within(10s)).release();
+      } catch (const TransportError& error) {
+        CHECK(contains(error.what(), "closed"));
+      }
+    });
+    if (round % 2 == 0) std::this_thread::sleep_for(1ms);
+    std::thread writer([&producer] { write_one(producer, std::nullopt, 8); });
+    closing.close();
+    CHECK(ring.member()->living().size() == 2);  // nothing is taken in the name of one who left
+    waiter.join();
+    writer.join();
+    if (ring.stats().consumers.records == 0) read_one(stays, std::nullopt);
+    CHECK(ring.stats().reading == 0);
+  }
+}
+
+TEST(close_below_a_waiting_call_ends_it) {  // as from a signal handler
+  const Ring ring = make_ring(2);
+  const Ring producer = join(ring, Role::producer);
+  Ring consumer = join(ring, Role::consumer);
+  const Clock::time_point start = Clock::now();
+  const Wait wait{.timeout = 10s, .on_tick = [&consumer] { consumer.close(); }};
+  CHECK(contains(message_of([&] { static_cast<void>(consumer.receive(std::nullopt, wait)); }), "closed"));
+  CHECK(Clock::now() - start < 5s);
+  static_cast<void>(join(ring, Role::consumer));  // its place is free
+}
+
 TEST(closing_reader_leaves_its_record_to_the_next) {
   const Ring ring = make_ring(2);
   const Ring producer = join(ring, Role::producer);

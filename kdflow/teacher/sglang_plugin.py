@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdflow.errors import PeerDied, TransportError
 from kdflow.tracing import OFF, Trace, open_shared_trace
-from kdflow.transport import CudaRing, CudaWriteSlot, HiddenRing, WriteSlot, attach_hidden_ring
+from kdflow.transport import CudaRing, CudaWriteSlot, HiddenRing, WriteSlot, attach_hidden_ring, claim
 
 VARIABLE = "KDFLOW_SGLANG_CAPTURE"
 KEY = "kdflow"
@@ -165,7 +164,8 @@ class Capture:
             record = self._open.get(key)
             if record is None:
                 trace.phase("wait for slot", **whose)
-                record = self._open[key] = _Record(self._reserve(errand, hidden.device), errand, hidden.shape[1])
+                slot = claim(self._ring(errand, hidden.device), errand.ticket)
+                record = self._open[key] = _Record(slot, errand, hidden.shape[1])
             trace.phase("gather", **whose)
             record.spent_ns += ns_per_token * num_tokens
             record.write(errand, rows, prefix, is_last)
@@ -173,21 +173,6 @@ class Capture:
                 trace.phase("publish", **whose)
                 self._open.pop(key).publish()
         trace.phase()
-
-    def _reserve(self, errand: Errand, device: torch.device) -> WriteSlot | CudaWriteSlot | None:
-        """The slot, or None where nobody waits for it from us: the student has left, or somebody else has the ticket
-        or has answered it, as it was asked for twice.
-        """
-        ring = self._ring(errand, device)
-        try:
-            return ring.reserve(errand.ticket)
-        except PeerDied:
-            return None
-        except TransportError as error:
-            # A refusal is of no other kind, and names the ticket; all else is a failure of the ring or the device.
-            if type(error) is not TransportError or error.ticket is None:
-                raise
-            return None
 
     def _ring(self, errand: Errand, device: torch.device) -> HiddenRing | CudaRing:
         # A ring whose student has left is over; its handle may come again and mean another one.

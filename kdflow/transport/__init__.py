@@ -7,6 +7,7 @@ from kdflow.transport.channel import (
     PrefillRequest,
     request_bytes,
 )
+from kdflow.transport.claim import claim
 from kdflow.transport.cuda import RingChoice, choose_ring, cuda_available, cuda_unavailable_reason
 from kdflow.transport.cuda_ring import CudaReadSlot, CudaRing, CudaWriteSlot
 from kdflow.transport.hidden import Seats, attach_hidden_ring, choose_hidden_ring, create_hidden_ring
@@ -34,6 +35,7 @@ __all__ = [
     "attach_hidden_ring",
     "choose_hidden_ring",
     "choose_ring",
+    "claim",
     "create_hidden_ring",
     "create_turn_ring",
     "cuda_available",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 
 from kdflow.errors import PeerDied, RingCorrupt, RingTimeout, TransportError
 from kdflow.tracing import OFF, Trace
+from kdflow.transport.claim import claim
 from kdflow.transport.cuda_ring import CudaRing
 from kdflow.transport.ring import HiddenRing, RequestRing
 from kdflow.transport.slots import ReadSlot
@@ -128,9 +130,13 @@ class PendingRows:
         self._received().release()
         self._on_release()
 
+    def give_back(self) -> None:
+        """Frees the slot if it is not free yet, read or not."""
+        self._received().__exit__(None, None, None)
+
     def _received(self) -> ReadSlot:
         if self._slot is None:
-            self._slot = self._receive().__enter__()
+            self._slot = self._receive()
         return self._slot
 
     def __enter__(self) -> PendingRows:
@@ -172,11 +178,13 @@ class HiddenStatesClient:
         self._timeout_s = timeout_s
         self._max_resends = max_resends
         self._next_ticket = 0
+        self._asked: dict[int, PendingRows] = {}  # by slot, the last one each
 
     def prefetch(self, microbatches: Iterable[Microbatch]) -> Iterator[PendingRows]:
         """Yields the microbatches in order, with requests for the next ones already sent.
 
-        Each must be released (or leave its `with` block) before the next is taken.
+        Each must be released (or leave its `with` block) before the next is taken. What nobody has read, because a
+        loop or a block was left early, is given back when its slot is asked for again.
         """
         source, pending = iter(microbatches), deque[PendingRows]()
 
@@ -198,30 +206,51 @@ class HiddenStatesClient:
         return self._hidden.num_slots
 
     def ask(self, microbatches: Sequence[Microbatch]) -> list[PendingRows]:
-        """Asks for all of them at once, `num_slots` at most; earlier ones must have been released."""
+        """Asks for all of them at once, `num_slots` at most; earlier ones must have been released.
+
+        Raises:
+            ValueError: they are more.
+        """
+        if len(microbatches) > self.num_slots:
+            raise ValueError(
+                f"microbatches: expected at most {self.num_slots}, the slots of the ring, got {len(microbatches)}; "
+                "ask for them in parts"
+            )
         return [self._request(microbatch, lambda: None) for microbatch in microbatches]
 
     def _request(self, microbatch: Microbatch, on_release: Callable[[], None]) -> PendingRows:
-        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+        ticket = self._next_ticket
+        if (earlier := self._asked.get(ticket % self.num_slots)) is not None:
+            earlier.give_back()
         request = PrefillRequest(self._rank, ticket, microbatch.for_teacher())
         requests = self._requests[microbatch.teacher_name]
         requests.send(request.encode(), timeout_s=self._timeout_s)
-        return PendingRows(microbatch, lambda: self._receive(request, requests), on_release)
+        self._next_ticket += 1  # one that could not be sent is nobody's to answer, and would block its slot
+        rows = PendingRows(microbatch, lambda: self._receive(request, requests), on_release)
+        self._asked[ticket % self.num_slots] = rows
+        return rows
 
     def _receive(self, request: PrefillRequest, requests: RequestRing) -> ReadSlot:
         """The answer; a request that died with its teacher is sent again, for a teacher that lives or comes back."""
-        for resends_left in range(self._max_resends, -1, -1):
+        num_resends = 0
+        while True:
             try:
                 return self._wait(request.ticket, requests)
-            except PeerDied as death:
-                if resends_left == 0:
+            except PeerDied:
+                if num_resends == self._max_resends or not self._granted_again(request.ticket):
                     raise
-                try:
-                    self._hidden.reclaim(request.ticket)
-                except TransportError:  # nobody died over this slot: nobody is there at all
-                    raise death from None
-                requests.send(request.encode(), timeout_s=self._timeout_s)
-        raise AssertionError
+            requests.send(request.encode(), timeout_s=self._timeout_s)
+            num_resends += 1
+
+    def _granted_again(self, ticket: int) -> bool:
+        """False where nobody died over its slot: the request is still in its ring, and nobody is there to take it."""
+        if self._hidden.is_free(ticket):
+            return False
+        try:
+            self._hidden.reclaim(ticket)
+        except TransportError:  # somebody came and took it meanwhile
+            return False
+        return True
 
     def _wait(self, ticket: int, requests: RequestRing) -> ReadSlot:
         """The data ring knows whether any teacher lives, the request ring whether the one that was asked does."""
@@ -291,10 +320,14 @@ class HiddenStatesServer:
                 ring = self._hidden[request.rank]
                 trace.phase("wait for slot", **whose)
                 try:
-                    slot = ring.reserve(request.ticket, timeout_s=self._timeout_s)
-                except PeerDied:  # whoever asked has left; whether others are there, the next lease knows
-                    trace.phase()
-                    continue
+                    slot = claim(ring, request.ticket, timeout_s=self._timeout_s)
+                except RingTimeout as error:
+                    # It keeps its slots from us, and its own wait will tell it; the other students go on.
+                    warnings.warn(f"request of rank {request.rank} dropped: {error}", RuntimeWarning, stacklevel=2)
+                    slot = None
+            if slot is None:  # whether other students are there, the next lease knows
+                trace.phase()
+                continue
             with slot:
                 trace.phase("prefill", tokens=request.microbatch.num_tokens, **whose)
                 rows = slot.tensor((request.microbatch.num_loss_tokens, hidden_size), dtype)

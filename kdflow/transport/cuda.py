@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from kdflow import _ring
-from kdflow.transport.slots import DTYPES, dtype_code
+from kdflow.transport.slots import DTYPES, address_of, dtype_code
 
 RingKind = Literal["device", "pinned", "host"]
 
@@ -131,7 +131,7 @@ def describe_array(source: Any, ordinal: int) -> DeviceArray:
             raise ValueError(
                 "tensor: its conjugate or negative is still to be made; call .resolve_conj().resolve_neg()"
             )
-        return DeviceArray(source.data_ptr(), dtype_code(source.dtype), source.shape)
+        return DeviceArray(address_of(source), dtype_code(source.dtype), source.shape)
     interface = getattr(source, "__cuda_array_interface__", None)
     if interface is None:
         raise TypeError(

@@ -1,11 +1,12 @@
 """Tensors handed from GPU to GPU, process to process, in the order of streams and without Python waiting.
 
     made = CudaRing.create(name="hidden", num_slots=8, slot_bytes=1 << 24, placement="device")  # needs no GPU
+    handle = made.handle  # a string for the other processes
     producer = CudaRing.attach(handle, role="producer", device=1)
-    with producer.reserve(ticket=17) as slot:
+    with producer.reserve(ticket=0) as slot:
         torch.index_select(hidden_states, 0, rows, out=slot.tensor((len(rows), hidden), torch.bfloat16))
     consumer = CudaRing.attach(handle, role="consumer", device=0)
-    with consumer.receive(ticket=17) as slot:
+    with consumer.receive(ticket=0) as slot:
         loss = f(slot.tensor())
 
 placement="device": the slots are memory of the consumer's GPU, which producers write over CUDA IPC.
@@ -26,7 +27,7 @@ from kdflow import _ring
 from kdflow.errors import TransportError
 from kdflow.transport.cuda import describe_array, device_ordinal, stream_handle
 from kdflow.transport.ring import Role, _Ring
-from kdflow.transport.slots import DTYPE_NAMES, DTYPES, ReadSlot, Slot, WriteSlot
+from kdflow.transport.slots import DTYPE_NAMES, ReadSlot, Slot, WriteSlot
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,7 @@ class _CudaSlot(Slot):
     """What the slots of both sides share. `stream` is the one that their last use is enqueued on."""
 
     _lease: Any  # _ring.StreamLease
+    _staged: torch.Tensor | None = None  # in a pinned ring, what tensor() gave
 
     def __init__(self, lease: _ring.StreamLease, ring: CudaRing) -> None:
         super().__init__(lease)  # type: ignore[arg-type]
@@ -86,38 +88,36 @@ class _CudaSlot(Slot):
     def use_stream(self, stream: Any) -> None:
         """The slot is given back after what is on this stream, in place of the one it was taken with."""
         self._lease.stream = stream_handle(stream, self._ordinal)
+        if self._staged is not None:
+            self._keep_for_stream(self._staged)
 
     def _held_lease(self) -> _ring.StreamLease:
         self._require_held()
         return self._lease
 
-    def _torch_view(self) -> torch.Tensor:
-        tensor = self._in_place() if self._in_device_memory else self._staging()
-        self._tensors.append(weakref.ref(tensor))
-        return tensor
+    def _new_tensor(self) -> torch.Tensor:
+        return super()._new_tensor() if self._in_device_memory else self._staging()
 
-    def _in_place(self) -> torch.Tensor:
-        import torch
-
-        name = DTYPE_NAMES[self._lease.dtype]
-        if not name.startswith("float8"):
-            return torch.from_dlpack(self._lease.dlpack(self._ordinal))
-        dtype, shape = self._lease.dtype, self._lease.shape  # not every torch reads these from DLPack
-        self._lease.set_shape(*DTYPES["uint8"], list(shape))
-        try:
-            raw = torch.from_dlpack(self._lease.dlpack(self._ordinal))
-        finally:
-            self._lease.set_shape(*dtype, list(shape))
-        return raw.view(getattr(torch, name))
+    def _dlpack(self) -> Any:
+        return self._lease.dlpack(self._ordinal)
 
     def _staging(self) -> torch.Tensor:
         import torch
 
         device = torch.device("cuda", self._ordinal)
-        tensor = torch.empty(self._lease.shape, dtype=getattr(torch, DTYPE_NAMES[self._lease.dtype]), device=device)
-        if self.stream != stream_handle(None, self._ordinal):
-            tensor.record_stream(torch.cuda.ExternalStream(self.stream, device=device))
-        return tensor
+        dtype = getattr(torch, DTYPE_NAMES[self._lease.dtype])
+        self._staged = torch.empty(self._lease.shape, dtype=dtype, device=device)
+        self._keep_for_stream(self._staged)
+        return self._staged
+
+    def _keep_for_stream(self, staged: torch.Tensor) -> None:
+        """Its memory is no other tensor's before the slot's stream, which copies it, has passed."""
+        import torch
+
+        # Handle 0 would make an ExternalStream of torch's pool, another one.
+        default = torch.cuda.default_stream(staged.device)
+        stream = torch.cuda.ExternalStream(self.stream, device=staged.device) if self.stream else default
+        staged.record_stream(stream)
 
     def _byte_view(self) -> memoryview:
         raise TransportError(
@@ -136,8 +136,6 @@ class _CudaSlot(Slot):
 
 class CudaWriteSlot(_CudaSlot, WriteSlot):
     """A reserved slot: enqueue writes to `tensor(shape, dtype)` or `copy_from(tensor)`, leave the block."""
-
-    _staged: torch.Tensor | None = None
 
     def array(self, shape: Sequence[int], dtype: str) -> SlotArray:
         """The slot for cupy and others, uninitialised; dtype by its name, as "float32"."""
@@ -158,10 +156,6 @@ class CudaWriteSlot(_CudaSlot, WriteSlot):
             self._staged = None
         super().commit()
 
-    def _staging(self) -> torch.Tensor:
-        self._staged = super()._staging()
-        return self._staged
-
 
 class CudaReadSlot(_CudaSlot, ReadSlot):
     """A received record, complete: enqueue reads of `tensor()` or `copy_to(tensor)`, leave the block."""
@@ -181,6 +175,8 @@ class CudaReadSlot(_CudaSlot, ReadSlot):
         self._lease.copy_to(array.address, array.nbytes)
 
     def _staging(self) -> torch.Tensor:
+        if self._staged is not None:
+            return self._staged
         tensor = super()._staging()
         self._lease.copy_to(tensor.data_ptr(), self.nbytes)
         return tensor
@@ -232,7 +228,7 @@ class CudaRing(_Ring):
         producer finds them when it first reserves.
         """
         ordinal = device_ordinal(device)
-        ring = cls(_ring.Ring.attach(source, role=role, guard=False, max_spin_us=_MAX_SPIN_US))
+        ring = cls(_ring.Ring.attach(source, role=role, guard=False, max_spin_us=_MAX_SPIN_US), is_peer=True)
         try:
             if ring._native.many_consumers:
                 raise ValueError(f"{ring.name}: carries requests, not tensors; attach it as RequestRing")

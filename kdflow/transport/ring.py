@@ -1,11 +1,12 @@
 """Tensors handed from process to process through shared memory, without a copy.
 
-    ring = HiddenRing.create(name="hidden", num_slots=8, slot_bytes=1 << 20)  # anywhere; give ring.handle on
+    ring = HiddenRing.create(name="hidden", num_slots=8, slot_bytes=1 << 20)  # anywhere
+    handle = ring.handle  # a string for the other processes
     producer = HiddenRing.attach(handle, role="producer")
-    with producer.reserve(ticket=17) as slot:
+    with producer.reserve(ticket=0) as slot:
         slot.tensor((rows, hidden), torch.bfloat16).copy_(hidden_states)
     consumer = HiddenRing.attach(handle, role="consumer")
-    with consumer.receive(ticket=17) as slot:
+    with consumer.receive(ticket=0) as slot:
         loss = f(slot.tensor())
 
 The protocol is csrc/include/kdflow/ring.hpp, its description docs/ring.md. Torch is imported by `tensor()` alone.
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kdflow import _ring
-from kdflow.transport.slots import ReadSlot, WriteSlot, dtype_code, is_plain
+from kdflow.errors import TransportError
+from kdflow.transport.slots import ReadSlot, WriteSlot, address_of, dtype_code, is_plain
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +63,9 @@ class _Ring:
 
     _many_consumers: bool
 
-    def __init__(self, native: _ring.Ring) -> None:
+    def __init__(self, native: _ring.Ring, *, is_peer: bool = False) -> None:
         self._native = native
+        self._is_peer = is_peer
 
     @classmethod
     def attach(cls, source: str | int, *, role: Role, guard: bool = False) -> Self:
@@ -71,7 +74,7 @@ class _Ring:
         guard=True is for debugging: a slot's pages are inaccessible while this peer does not hold it, and
         read-only while it reads, so that every use of a view after release is a segmentation fault.
         """
-        ring = cls(_ring.Ring.attach(source, role=role, guard=guard))
+        ring = cls(_ring.Ring.attach(source, role=role, guard=guard), is_peer=True)
         if ring._native.many_consumers != cls._many_consumers:
             ring.close()
             raise ValueError(f"{ring.name}: not a {cls.__name__}; attach it with the other class")
@@ -106,6 +109,8 @@ class _Ring:
 
         It is level-triggered: try_receive() clears it, so call that until it returns None.
         """
+        if not self._is_peer:
+            raise TransportError(f"{self.name}: created but not attached; attach() with a role first")
         return self._native.ready_fd()
 
     def peers(self) -> dict[Role, tuple[int, ...]]:
@@ -136,7 +141,8 @@ class _Ring:
         self.close()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, {self.num_slots} x {self.slot_bytes} bytes)"
+        size = "closed" if self._native.closed else f"{self.num_slots} x {self.slot_bytes} bytes"
+        return f"{type(self).__name__}({self.name!r}, {size})"
 
 
 class HiddenRing(_Ring):
@@ -196,7 +202,7 @@ class HiddenRing(_Ring):
         if not is_plain(tensor):
             tensor = tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
         code, bits = dtype_code(tensor.dtype)
-        self._native.put(ticket, timeout_s, code, bits, tensor.shape, tensor.data_ptr(), microbatch_id, tag)
+        self._native.put(ticket, timeout_s, code, bits, tensor.shape, address_of(tensor), microbatch_id, tag)
 
     def receive(self, ticket: int | None = None, *, timeout_s: float = 30.0) -> ReadSlot:
         """Consumer: wait for the record of a ticket, or (None) for the next one in order.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import weakref
 from collections.abc import Sequence
 from functools import cache
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdflow import _ring
 from kdflow.errors import TransportError
@@ -49,7 +50,21 @@ def dtype_code(dtype: torch.dtype | str) -> tuple[int, int]:
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Is what lies at its address all there is to it?"""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"tensor: expected a torch tensor, got {type(tensor).__name__}; use torch.as_tensor()")
     return tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+
+
+def address_of(tensor: torch.Tensor) -> int:
+    """Where its elements lie. ValueError for one without memory of its own: a DTensor, a fake or a masked one."""
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel() > 0:
+        raise ValueError(
+            f"tensor: expected one with memory of its own, got a {type(tensor).__name__} without; "
+            "of a DTensor use .to_local() or .full_tensor()"
+        )
+    return address
 
 
 class Slot:
@@ -80,17 +95,26 @@ class Slot:
             )
 
     def _torch_view(self) -> torch.Tensor:
-        import torch
-
-        name = DTYPE_NAMES[self._lease.dtype]
-        if name.startswith("float8"):  # not every torch reads these from DLPack
-            shape = self._lease.shape
-            raw = torch.frombuffer(self._lease.bytes(readonly=False), dtype=torch.uint8)
-            tensor = raw.view(getattr(torch, name)).view(shape)
-        else:
-            tensor = torch.from_dlpack(self._lease.dlpack())
+        tensor = self._new_tensor()
         self._tensors.append(weakref.ref(tensor))
         return tensor
+
+    def _new_tensor(self) -> torch.Tensor:
+        import torch
+
+        dtype, shape = self._lease.dtype, self._lease.shape
+        name = DTYPE_NAMES[dtype]
+        if not name.startswith("float8"):
+            return torch.from_dlpack(self._dlpack())
+        self._lease.set_shape(*DTYPES["uint8"], list(shape))  # not every torch reads float8 from DLPack
+        try:
+            raw = torch.from_dlpack(self._dlpack())
+        finally:
+            self._lease.set_shape(*dtype, list(shape))
+        return raw.view(getattr(torch, name))
+
+    def _dlpack(self) -> Any:
+        return self._lease.dlpack()
 
     def _byte_view(self) -> memoryview:
         view = memoryview(self._lease.bytes(readonly=self._readonly))
@@ -111,8 +135,10 @@ class Slot:
 def _empty_out(tensor: torch.Tensor) -> None:
     """Leave no element in it, and let a backward through it, or through a view of it, raise."""
     torch = sys.modules["torch"]  # an import statement costs a microsecond a record
+    has_version = not tensor.is_inference()
     tensor.data = _nothing(tensor.dtype, tensor.device)
-    torch.autograd.graph.increment_version(tensor)
+    if has_version:
+        torch.autograd.graph.increment_version(tensor)
 
 
 @cache
@@ -140,8 +166,9 @@ class WriteSlot(Slot):
         ValueError when it does not fit.
         """
         if is_plain(source):
+            address = address_of(source)
             self._set_shape(source.shape, source.dtype)
-            self._lease.copy_from(source.data_ptr(), source.nbytes)
+            self._lease.copy_from(address, source.nbytes)
         else:
             self.tensor(source.shape, source.dtype).copy_(source)
 
@@ -173,13 +200,17 @@ class WriteSlot(Slot):
         self._lease.tag = value
 
     def commit(self) -> None:
-        self._revoke_views()
-        self._lease.commit()
+        try:
+            self._revoke_views()
+        finally:
+            self._lease.commit()
 
     def abort(self, reason: str) -> None:
         """Give the slot up; the consumer gets SlotAborted with this reason."""
-        self._revoke_views()
-        self._lease.abort(reason)
+        try:
+            self._revoke_views()
+        finally:
+            self._lease.abort(reason.encode(errors="replace").decode())  # file names may hold what UTF-8 has not
 
     def __enter__(self) -> Self:
         return self
@@ -188,14 +219,23 @@ class WriteSlot(Slot):
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
-        traceback: TracebackType | None,
+        trace: TracebackType | None,
     ) -> None:
         if not self._lease.held:
             return
-        if exc_type is None:
+        if exc is not None:
+            self._abort_for(exc)
+            return
+        try:
             self.commit()
-        else:
-            self.abort(f"{exc_type.__name__}: {exc}")
+        except BaseException as error:
+            if self._lease.held:
+                self._abort_for(error)
+            raise
+
+    def _abort_for(self, error: BaseException) -> None:
+        # Unlike str(), this gets over an error that cannot be told in words.
+        self.abort("".join(traceback.format_exception_only(error)).strip())
 
 
 class ReadSlot(Slot):
@@ -239,8 +279,10 @@ class ReadSlot(Slot):
         return self._lease.committed_ns
 
     def release(self) -> None:
-        self._revoke_views()
-        self._lease.release()
+        try:
+            self._revoke_views()
+        finally:
+            self._lease.release()
 
     def __enter__(self) -> Self:
         return self
@@ -249,7 +291,7 @@ class ReadSlot(Slot):
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
-        traceback: TracebackType | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._lease.held:
             self.release()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kdflow.transport.claim import claim
 from kdflow.transport.ring import HiddenRing, RequestRing
 from kdflow.transport.slots import ReadSlot
 
@@ -47,7 +48,11 @@ class SleepOrder:
 
     def fulfil(self, turns: HiddenRing, *, timeout_s: float) -> bool:
         """Says that this worker sleeps, and waits until it is woken; False when the students have left."""
-        with turns.reserve(self.ticket, timeout_s=timeout_s) as slot:
+        slot = claim(turns, self.ticket, timeout_s=timeout_s)
+        if slot is None:  # it is a worker's that died after it had said so: ours is another order
+            self.message.release()
+            return True
+        with slot:
             slot.buffer(0)
         self.message.release()
         while not turns.is_free(self.ticket + turns.num_slots):

@@ -35,6 +35,7 @@ enum : int {
   kInvalidHandle = 400,
   kNotReady = 600,
   kPeerAlreadyEnabled = 704,
+  kCaptureUnsupported = 900,
   kAlreadyRegistered = 712,
   kNotRegistered = 713,
 };
@@ -130,6 +131,12 @@ State& state = *new State;  // never destroyed: streams run until the process en
 
 thread_local std::deque<Context*> current;
 
+// A capture of a graph in the global mode: it breaks when a thread whose own mode is not relaxed asks for an event.
+enum class Capture { none, running, broken };
+std::atomic<Capture> capture{Capture::none};
+constexpr int kRelaxed = 2;
+thread_local int capture_mode = 0;
+
 // The injected result of this call, or success.
 int injected(const char* call) {
   if (by_clock) return kSuccess;
@@ -204,10 +211,6 @@ int cuDeviceGetCount(int* devices) {
 }
 int cuDeviceGet(int* device, int ordinal) {
   *device = ordinal;
-  return kSuccess;
-}
-int cuDeviceGetName(char* name, int size, int) {
-  std::strncpy(name, "fake", static_cast<std::size_t>(size));
   return kSuccess;
 }
 int cuDeviceCanAccessPeer(int* can, int, int) {
@@ -304,8 +307,16 @@ int cuEventRecord(Event* event, void* stream) {
   });
   return kSuccess;
 }
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  std::swap(capture_mode, *mode);
+  return kSuccess;
+}
 int cuEventQuery(Event* event) {
   FAIL_IF_INJECTED("cuEventQuery");
+  if (capture_mode != kRelaxed && capture != Capture::none) {
+    capture = Capture::broken;
+    return kCaptureUnsupported;
+  }
   if (by_clock) return clock_ns() >= event->passed_at ? kSuccess : kNotReady;
   const std::scoped_lock lock(state.mutex);
   return event->num_passed >= event->num_recorded ? kSuccess : kNotReady;
@@ -430,6 +441,9 @@ void fake_fail(const char* call, int result, int passing) {
     state.failures[call] = {result, passing};
   }
 }
+void fake_begin_capture() { capture = Capture::running; }
+// Did the capture go well?
+int fake_end_capture() { return capture.exchange(Capture::none) == Capture::running ? 1 : 0; }
 int fake_live(const char* what) {
   const std::scoped_lock lock(state.mutex);
   return state.live[what];

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdflow.errors import PeerDied, RingCorrupt, SlotAborted
+from kdflow.errors import PeerDied, RingCorrupt, SlotAborted, TransportError
 from kdflow.transport import (
     HiddenRing,
     HiddenStatesClient,
@@ -83,8 +83,9 @@ class Channel:
                 self.error = error
 
         threading.Thread(target=serve, daemon=True).start()
+        self.sender = RequestRing.attach(self._requests.handle, role="producer")
         self.client = HiddenStatesClient(
-            {"": RequestRing.attach(self._requests.handle, role="producer")},
+            {"": self.sender},
             HiddenRing.attach(self._hidden.handle, role="consumer"),
             rank=0,
             timeout_s=10.0,
@@ -139,6 +140,95 @@ def test_failing_prefill_reaches_the_student() -> None:
     (pending,) = channel.client.prefetch([make_microbatch(0)])
     with pytest.raises(SlotAborted, match="no such token 99"), pending:
         pending.tensor()
+
+
+def write_expected(microbatch: Microbatch, out: torch.Tensor) -> float:
+    out.copy_(expected(microbatch))
+    return 0.0
+
+
+def read_all(channel: Channel, seeds: range) -> None:
+    for seed, pending in zip(seeds, channel.client.prefetch(make_microbatch(seed) for seed in seeds), strict=True):
+        with pending:
+            assert torch.equal(pending.tensor(), expected(make_microbatch(seed)))
+
+
+def test_a_request_that_comes_twice_is_passed_over() -> None:
+    channel = Channel(2, write_expected)
+    read_all(channel, range(1))
+    channel.sender.send(PrefillRequest(0, 0, make_microbatch(0)).encode())
+    read_all(channel, range(1, 6))
+    assert channel.error is None
+
+
+def test_a_request_that_nobody_took_is_not_sent_again() -> None:
+    requests = RequestRing.create(name="requests", num_slots=8, slot_bytes=request_bytes(64))
+    hidden = HiddenRing.create(name="hidden", num_slots=2, slot_bytes=64 * HIDDEN * 4)
+    HiddenRing.attach(hidden.handle, role="producer").close()
+    client = HiddenStatesClient(
+        {"": RequestRing.attach(requests.handle, role="producer")},
+        HiddenRing.attach(hidden.handle, role="consumer"),
+        rank=0,
+        timeout_s=10.0,
+        max_resends=2,
+    )
+    (pending,) = client.ask([make_microbatch(0)])
+    with pytest.raises(PeerDied, match="no producer is left"):
+        pending.tensor()
+    assert requests.stats().producers.records == 1
+
+
+def test_a_request_that_cannot_be_sent_takes_no_ticket() -> None:
+    channel = Channel(2, write_expected)
+    large = Microbatch(np.zeros(400, np.int32), (400,), np.arange(3, dtype=np.int32), (0,))
+    with pytest.raises(ValueError, match="expected at most"):
+        channel.client.ask([large])
+    read_all(channel, range(5))
+
+
+def test_more_than_there_are_slots_cannot_be_asked_for_at_once() -> None:
+    channel = Channel(2, write_expected)
+    with pytest.raises(ValueError, match="expected at most 2, the slots of the ring, got 3"):
+        channel.client.ask([make_microbatch(seed) for seed in range(3)])
+
+
+def test_a_block_that_is_left_early_blocks_no_slot() -> None:
+    channel = Channel(2, write_expected)
+    for seed, pending in enumerate(channel.client.prefetch(make_microbatch(seed) for seed in range(6))):
+        if seed == 1:
+            with pytest.raises(ZeroDivisionError), pending:
+                raise ZeroDivisionError
+        else:
+            with pending:
+                assert torch.equal(pending.tensor(), expected(make_microbatch(seed)))
+    assert channel.error is None
+
+
+def test_a_loop_that_is_left_early_blocks_no_slot() -> None:
+    channel = Channel(2, write_expected)
+    pending = next(channel.client.prefetch(make_microbatch(seed) for seed in range(6)))
+    read_all(channel, range(10, 14))
+    with pytest.raises(TransportError, match="was given back"):
+        pending.tensor()
+    assert channel.error is None
+
+
+def test_a_student_that_keeps_its_slots_holds_nobody_else_up() -> None:
+    requests = RequestRing.create(name="requests", num_slots=8, slot_bytes=request_bytes(64))
+    sender = RequestRing.attach(requests.handle, role="producer")
+    hidden = [HiddenRing.create(name=f"hidden[{rank}]", num_slots=1, slot_bytes=64 * HIDDEN * 4) for rank in range(2)]
+    students = [HiddenRing.attach(ring.handle, role="consumer") for ring in hidden]
+    server = HiddenStatesServer(
+        RequestRing.attach(requests.handle, role="consumer"),
+        {rank: HiddenRing.attach(ring.handle, role="producer") for rank, ring in enumerate(hidden)},
+        timeout_s=0.1,
+    )
+    sender.send(PrefillRequest(0, 1, make_microbatch(0)).encode())  # its slot is not free before 0 was read
+    sender.send(PrefillRequest(1, 0, make_microbatch(1)).encode())
+    with pytest.warns(RuntimeWarning, match="request of rank 0 dropped: .*ticket 1 timed out"):
+        server.serve(HIDDEN, torch.float32, write_expected, limit=1)
+    with students[1].receive(0, timeout_s=10) as slot:
+        assert torch.equal(slot.tensor(), expected(make_microbatch(1)))
 
 
 def test_each_teacher_has_its_requests_and_one_that_leaves_is_missed() -> None:

@@ -243,6 +243,27 @@ def test_tensors_kept_after_release_fail_loudly(placement: str) -> None:
             slot.tensor()
 
 
+def test_staging_is_kept_for_the_streams_that_copy_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, record_stream = [], torch.Tensor.record_stream
+
+    def record(tensor: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        kept.append(stream)
+        record_stream(tensor, stream)
+
+    monkeypatch.setattr(torch.Tensor, "record_stream", record)
+    first, last = torch.cuda.current_stream(), torch.cuda.Stream()
+    with ring_pair("pinned") as (producer, consumer):
+        with producer.reserve(0) as slot:
+            slot.tensor((4,), torch.int32).fill_(1)
+            last.wait_stream(first)
+            slot.use_stream(last)
+        assert kept == [first, last]
+        with consumer.receive(0) as slot:
+            assert slot.tensor().data_ptr() == slot.tensor().data_ptr()
+            slot.use_stream(last)
+        assert kept == [first, last] * 2
+
+
 def test_tensors_of_another_kind_are_refused() -> None:
     with ring_pair("device") as (producer, _consumer), producer.reserve(0) as slot:
         with pytest.raises(ValueError, match="expected one on cuda:0, where this ring was attached, got cpu"):

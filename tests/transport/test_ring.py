@@ -19,8 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.masked import masked_tensor
 
 from kdflow.errors import PeerDied, RingCorrupt, RingTimeout, SlotAborted, TransportError
 from kdflow.transport.ring import HiddenRing, RequestRing
@@ -180,6 +183,90 @@ def test_a_ring_larger_than_the_caches(excess: int) -> None:
     producer.put(source)
     with consumer.receive() as received:
         assert torch.equal(received.tensor(), source)
+
+
+def without_memory(kind: str) -> Any:
+    if kind == "fake":
+        with FakeTensorMode():
+            return torch.ones(16)
+    if kind == "zero":
+        return torch._efficientzerotensor(16)
+    return masked_tensor(torch.arange(4.0), torch.tensor([True, False, True, True]))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors", "ignore:Accessing the data pointer")
+@pytest.mark.parametrize("kind", ["fake", "zero", "masked"])
+def test_tensors_without_memory_are_refused(ring: HiddenRing, kind: str) -> None:
+    producer = HiddenRing.attach(ring.handle, role="producer")
+    source = without_memory(kind)
+    with pytest.raises(ValueError, match=r"memory of its own.*to_local"):
+        producer.put(source, 0)
+    with pytest.raises(ValueError, match=r"memory of its own.*to_local"), producer.reserve(0) as slot:
+        slot.copy_from(source)
+
+
+def test_arrays_of_numpy_are_refused(ring: HiddenRing) -> None:
+    producer = HiddenRing.attach(ring.handle, role="producer")
+    with pytest.raises(TypeError, match="expected a torch tensor, got ndarray"):
+        producer.put(np.ones(4), 0)  # type: ignore[arg-type]
+
+
+def test_tensors_of_inference_mode_end_with_the_slot(ring: HiddenRing) -> None:
+    producer = HiddenRing.attach(ring.handle, role="producer")
+    consumer = HiddenRing.attach(ring.handle, role="consumer")
+    with producer.reserve(0) as slot, torch.inference_mode():
+        written = slot.tensor((4,), torch.float32).fill_(1)
+    with consumer.receive(0) as slot:
+        with torch.inference_mode():
+            read = slot.tensor()
+        assert read.sum() == 4
+    assert written.numel() == read.numel() == 0
+    assert ring.is_free(4)
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError("no file \udcff"), r"OSError: no file \?"),
+        (Unspeakable(), "Unspeakable: <exception str"),
+    ],
+)
+def test_any_error_of_a_producer_is_told(ring: HiddenRing, error: Exception, told: str) -> None:
+    producer = HiddenRing.attach(ring.handle, role="producer")
+    consumer = HiddenRing.attach(ring.handle, role="consumer")
+    with pytest.raises(type(error)), producer.reserve(0):
+        raise error
+    with pytest.raises(SlotAborted, match=told):
+        consumer.receive(0, timeout_s=10)
+
+
+def test_a_block_that_writes_nothing_gives_the_slot_up(ring: HiddenRing) -> None:
+    producer = HiddenRing.attach(ring.handle, role="producer")
+    consumer = HiddenRing.attach(ring.handle, role="consumer")
+    with pytest.raises(ValueError, match="nothing was written"), producer.reserve(0) as slot:
+        pass
+    with pytest.raises(SlotAborted, match="nothing was written"):
+        consumer.receive(0, timeout_s=10)
+    del slot
+
+
+def test_no_row_of_float8(ring: HiddenRing) -> None:
+    producer = HiddenRing.attach(ring.handle, role="producer")
+    consumer = HiddenRing.attach(ring.handle, role="consumer")
+    with producer.reserve(0) as slot:
+        slot.tensor((0, 16), torch.float8_e4m3fn)
+    with consumer.receive(0) as slot:
+        assert (slot.tensor().shape, slot.tensor().dtype) == ((0, 16), torch.float8_e4m3fn)
+
+
+def test_what_was_not_attached_is_told(ring: HiddenRing) -> None:
+    with pytest.raises(TransportError, match="created but not attached"):
+        ring.ready_fd()
 
 
 def test_one_element_too_many(ring: HiddenRing) -> None:

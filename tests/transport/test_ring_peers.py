@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -105,6 +107,15 @@ def test_exception_aborts_the_slot(ring: HiddenRing) -> None:
     assert consumer.is_free(2)
 
 
+def test_reason_of_an_abort_may_be_long_and_in_any_language(ring: HiddenRing) -> None:
+    producer = HiddenRing.attach(ring.handle, role="producer")
+    consumer = HiddenRing.attach(ring.handle, role="consumer")
+    with pytest.raises(RuntimeError), producer.reserve(0):
+        raise RuntimeError("文件找不到" * 30)
+    with pytest.raises(SlotAborted, match="gave it up: RuntimeError: 文件找不到"):
+        consumer.receive(0)
+
+
 def test_forked_child_must_attach_anew(ring: HiddenRing) -> None:
     producer = HiddenRing.attach(ring.handle, role="producer")
     consumer = HiddenRing.attach(ring.handle, role="consumer")
@@ -123,6 +134,54 @@ def test_forked_child_must_attach_anew(ring: HiddenRing) -> None:
     held.commit()
     with consumer.receive(0) as first, consumer.receive(1) as second:
         assert (first.tensor().item(), second.microbatch_id) == (2, 4)
+
+
+def test_without_descriptors_the_living_stay_alive(ring: HiddenRing) -> None:
+    """Taken for dead, a writer would get a second one beside it."""
+    consumer = HiddenRing.attach(ring.handle, role="consumer")
+    child = Child(lambda: hang(HiddenRing.attach(ring.handle, role="producer").reserve(0)))
+    while consumer.is_free(0):
+        time.sleep(0.001)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        with pytest.raises(RingTimeout, match=rf"alive as producer: pid {child.pid}"):
+            consumer.receive(0, timeout_s=0.15)
+        assert consumer.peers()["producer"] == (child.pid,)
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    child.kill()
+    with pytest.raises(PeerDied):
+        consumer.receive(0, timeout_s=20)
+
+
+def test_forked_child_sees_its_parent_die(ring: HiddenRing) -> None:
+    here, there = os.pipe()
+
+    def attach_and_die() -> None:
+        inherited = HiddenRing.attach(ring.handle, role="producer")
+        parent = os.getpid()
+
+        def watch() -> None:
+            assert inherited.peers()["producer"] == (parent,)
+            while os.getppid() == parent:
+                time.sleep(0.001)
+            os.write(there, repr((inherited.peers()["producer"], inherited.stats().producers.live)).encode())
+
+        Child(watch)
+        time.sleep(0.05)  # it sees the parent alive first
+
+    assert Child(attach_and_die).join() == 0
+    os.close(there)
+    with open(here) as answer:
+        assert answer.read() == "((), 0)"
 
 
 def test_nothing_is_left_behind() -> None:
@@ -217,6 +276,15 @@ def test_requests_of_many_reach_exactly_one() -> None:
     with os.fdopen(inbox_read, "rb") as inbox:
         received = array.array("q", inbox.read())
     assert sorted(received) == list(numbers)
+
+
+def test_request_that_does_not_fit_is_refused_at_once() -> None:
+    requests = RequestRing.create(name="requests", num_slots=1, slot_bytes=64)
+    sender = RequestRing.attach(requests.handle, role="producer")
+    sender.send(b"x")
+    with pytest.raises(ValueError, match=r"send .*at most 64 bytes \(slot_bytes\), got 65"):
+        sender.send(b"y" * 65)
+    assert sender.stats().producers.waits == sender.stats().aborted == 0
 
 
 def test_request_of_a_dead_receiver_goes_to_another() -> None:

@@ -83,6 +83,19 @@ def test_an_order_outlives_its_worker(student: Student) -> None:
     assert (first.line(), third.line()) == ("woke", "woke")
 
 
+def test_an_order_that_was_fulfilled_is_passed_over(student: Student) -> None:
+    """Its worker died between its word and the end of the message."""
+    orders = RequestRing.attach(student.requests.handle, role="consumer")
+    worker = HiddenRing.attach(student.ring.handle, role="producer")
+    student.sender.send(SleepOrder.encode(0))
+    with worker.reserve(0) as slot:
+        slot.buffer(0)
+    order = SleepOrder.of(orders.lease(timeout_s=10.0))
+    assert order is not None
+    assert order.fulfil(worker, timeout_s=10.0)
+    assert orders.try_receive() is None
+
+
 def test_who_sleeps_leaves_with_the_student(student: Student) -> None:
     workers = [student.worker() for _ in range(2)]
     student.turns.teachers_sleep()

@@ -1,5 +1,4 @@
-// What lies where in the segment. Slot state and payload are kept apart: the payload may one day
-// live elsewhere.
+// What lies where in the segment. Slot state and payload are kept apart, for the payload may be device memory.
 //
 //   Header | Cursors | Counters | PeerEntry[kMaxPeers] | SlotState[num_slots] | pad to a page |
 //   payload[num_slots], or one page that says where in device memory the payload is

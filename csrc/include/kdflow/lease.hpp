@@ -51,6 +51,7 @@ class Lease {
       throw std::invalid_argument(member_->describe("reserve", ticket_) + ": nothing was written; give it a shape");
     }
     require_held();
+    const Member::Call call(*member_);
     record.ticket = ticket_;
     record.generation = granted_.generation();
     record.writer_pid = member_->table.self_pid();
@@ -67,6 +68,7 @@ class Lease {
 
   void abort(const std::string& reason) {
     require_held();
+    const Member::Call call(*member_);
     slots().set_reason(slot(), reason);
     finish(granted_.aborted());
     Slots::add(slots().counters().aborted);
@@ -86,8 +88,12 @@ class Lease {
     if (slots().load(slot()).without_waiting() != granted_) throw_revoked();
   }
 
-  // A record that turned out unreadable: its ticket can be given again.
+  // A record that turned out unreadable: its ticket can be given again; or, where nobody grants it, is lost.
   void reject() { finish(granted_.abandoned()); }
+  void discard() {
+    finish(granted_.released());
+    Slots::add(slots().counters().lost);
+  }
 
  private:
   const Slots& slots() const { return member_->slots; }

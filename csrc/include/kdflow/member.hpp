@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "kdflow/calls.hpp"
 #include "kdflow/fault.hpp"
 #include "kdflow/peers.hpp"
 #include "kdflow/slots.hpp"
@@ -35,6 +36,7 @@ class Member {
   const AttachOptions options;
   PeerTable table;
   SpinBudget spin_budget{options.max_spin};
+  Calls calls{[this] { give_back(); }};
 
   void join(Role role) {
     bury_dead();
@@ -44,23 +46,27 @@ class Member {
     const std::size_t first = one_consumer && role == Role::producer ? 1 : 0;
     const std::size_t last = one_consumer && role == Role::consumer ? 1 : kMaxPeers;
     self_ = table.claim(role, first, last);
-    joined_.store(true, std::memory_order_release);
+    calls.open();
     Slots::add(slots.counters(role).attached);
     guard(0, slots.count(), PROT_NONE);
     slots.ring_bell();
   }
 
-  // Gives back what this peer holds: half-written slots aborted, half-read ones ready for another
-  // reader.
-  void leave() noexcept {
-    if (forked() || !joined_.exchange(false, std::memory_order_acq_rel)) return;
-    try {
-      if (table.holds(self_)) give_back();
-    } catch (const TransportError&) {  // a corrupt ring: there is nothing sound to leave
+  // A call that takes or gives a slot. Words carry this peer's index, so the entry is given up after the last of them.
+  class Call : public Calls::Scope {
+   public:
+    explicit Call(Member& member) : Scope(member.calls) {
+      if (!entered()) member.require_joined();  // which throws
     }
+  };
+
+  // Gives back what this peer holds: half-written slots aborted, half-read ones ready for another reader. Calls of
+  // other threads that wait end within a tick; the time is for one that copies.
+  void leave() {
+    if (!forked()) calls.close(std::chrono::seconds(1));
   }
 
-  bool joined() const { return joined_.load(std::memory_order_acquire); }
+  bool joined() const { return calls.is_open(); }
   bool forked() const { return current_pid() != table.self_pid(); }
 
   Peer require_joined() const {
@@ -171,7 +177,15 @@ class Member {
   }
 
  private:
-  void give_back() {
+  void give_back() noexcept {
+    if (forked()) return;
+    try {
+      if (table.holds(self_)) give_back_slots();
+    } catch (const TransportError&) {  // a corrupt ring: there is nothing sound to leave
+    }
+  }
+
+  void give_back_slots() {
     for (std::uint64_t slot = 0; slot < slots.count(); ++slot) {
       Control seen = slots.load(slot);
       while (seen.owned_by(self_.index)) {
@@ -212,12 +226,12 @@ class Member {
       const Control seen = slots.load(slot);
       if (seen.phase() == Phase::ready) oldest = std::min(oldest, slots.ticket_of(slot, seen));
     }
-    while (oldest < cursor && !next_read.compare_exchange_weak(cursor, oldest, std::memory_order_acq_rel)) {
-    }
+    // Once: if somebody moved the cursor meanwhile, what was seen says nothing about where it is now. The next tick
+    // looks again.
+    if (oldest < cursor) next_read.compare_exchange_strong(cursor, oldest, std::memory_order_acq_rel);
   }
 
   Peer self_{0, PeerIdentity()};
-  std::atomic<bool> joined_{false};
   std::atomic<std::int64_t> next_look_{0};
   std::atomic<std::uint32_t> last_bell_{0};
 };

@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -41,9 +42,10 @@ struct ProcessStat {
   bool running() const { return state != 'Z' && state != 'X'; }
 };
 
-// nullopt: there is no such process.
+// nullopt: errno says why.
 inline std::optional<ProcessStat> process_stat(std::int32_t pid) {
   const std::string path = "/proc/" + std::to_string(pid) + "/stat";
+  errno = 0;
   const UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (!fd) return std::nullopt;
   char text[1024];
@@ -103,26 +105,27 @@ class ProcessWatch {
     const std::int32_t pid = identity.pid();
     // While a peer is still attaching, its start time is its predecessor's, and its pid is all we know.
     const bool known = identity.state() == PeerIdentity::State::live && start_time != 0;
-    if (pid == self_pid_) return !known || start_time == self_start_;
+    if (pid == self_pid_ && pid == current_pid()) {  // in a forked child it is the parent's
+      return !known || self_start_ == 0 || start_time == self_start_;
+    }
     if (pid <= 0) return false;
     const std::scoped_lock lock(mutex_);
     Watched& watched = watched_[index];
     if (watched.identity != identity) {
-      watched = Watched{identity, UniqueFd(open_pidfd(pid))};
-      if (!watched.pidfd && errno == ESRCH) return false;
+      UniqueFd pidfd(open_pidfd(pid));
+      if (!pidfd && errno == ESRCH) return false;
       // The pidfd first, then the start time: the pid cannot change hands in between.
-      const auto stat = process_stat(pid);
-      if (!stat || (known && stat->start_time != start_time)) {
-        watched = Watched{PeerIdentity(), UniqueFd()};
-        return false;
-      }
+      const std::optional<bool> same = is_running(pid, known, start_time);
+      if (!same.value_or(false)) return !same && exists(pid);
+      watched = Watched{identity, std::move(pidfd)};
     }
     if (watched.pidfd) {
       pollfd poll{watched.pidfd.get(), POLLIN, 0};
       return ::poll(&poll, 1, 0) <= 0;
     }
-    const auto stat = process_stat(pid);  // no pidfd: old kernel, a sandbox, or no descriptor left
-    return stat && stat->running() && (!known || stat->start_time == start_time);
+    // No pidfd: an old kernel, a sandbox, or no descriptor left.
+    const std::optional<bool> same = is_running(pid, known, start_time);
+    return same ? *same : exists(pid);
   }
 
   std::int32_t self_pid() const { return self_pid_; }
@@ -135,6 +138,16 @@ class ProcessWatch {
   };
 
   static int open_pidfd(std::int32_t pid) { return static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)); }
+
+  // nullopt: /proc does not tell, as when no descriptor is left.
+  static std::optional<bool> is_running(std::int32_t pid, bool known, std::uint64_t start_time) {
+    if (const auto stat = process_stat(pid)) return stat->running() && (!known || stat->start_time == start_time);
+    if (errno == ENOENT || errno == ESRCH) return false;
+    return std::nullopt;
+  }
+
+  // In doubt yes: one who lives and is taken for dead writes into a slot that gets a second writer.
+  static bool exists(std::int32_t pid) { return ::kill(pid, 0) == 0 || errno != ESRCH; }
 
   std::int32_t self_pid_ = ::getpid();
   std::uint64_t self_start_ = process_stat(::getpid()).value_or(ProcessStat{}).start_time;

@@ -87,24 +87,15 @@ class Ring {
 
   static Ring attach(UniqueFd fd, Role role, const AttachOptions& options = {}) {
     auto segment = std::make_shared<const Segment>(Segment::attach(std::move(fd)));
+    const Header header = read_header(*segment);  // before the memory is filled, for it may be no ring's
     segment->populate();
-    return attach(std::move(segment), role, options);
+    return join(std::move(segment), header, role, options);
   }
 
   // Over a mapping that this process has already: for a process that takes both roles.
   static Ring attach(std::shared_ptr<const Segment> segment, Role role, const AttachOptions& options = {}) {
-    if (segment->bytes() < kSlotsOffset) throw RingCorrupt("the segment is smaller than a ring's header");
-    Header header;
-    std::memcpy(&header, segment->at(0), sizeof header);
-    check_header(header, segment->bytes());
-    if (header.pid_namespace != pid_namespace()) {
-      throw TransportError(std::string(header.name) +
-                           ": made in another pid namespace, whose processes cannot be watched from here; share it "
-                           "(docker run --pid=container:...)");
-    }
-    Ring ring(std::make_shared<Member>(std::move(segment), header, options));
-    ring.member_->join(role);
-    return ring;
+    const Header header = read_header(*segment);
+    return join(std::move(segment), header, role, options);
   }
 
   // The mapping lives on until the last lease is gone.
@@ -116,6 +107,7 @@ class Ring {
   // With a ticket: fills that one, as granted by the consumer. Without: the next of all
   // free-running producers.
   Lease reserve(Ticket ticket, const Wait& wait) const {
+    const Member::Call call(*member_);
     const Peer self = member_->require(Role::producer);
     check_ticket(ticket);
     return block("reserve", self, ticket, wait, [&](Blocked& blocked) {
@@ -125,6 +117,7 @@ class Ring {
 
   // reserve, fill and commit in one. `record` has its shape, and whatever else the writer gives.
   void put(Ticket ticket, const Record& record, const void* source, const Wait& wait) const {
+    const Member::Call call(*member_);  // while it copies, too, the slot gets no other owner
     Lease lease = reserve(ticket, wait);
     lease.record = record;
     lease.fill(source);
@@ -133,6 +126,7 @@ class Ring {
 
   // With a ticket: that one. Without: the next in order.
   Lease receive(Ticket ticket, const Wait& wait) const {
+    const Member::Call call(*member_);
     const Peer self = member_->require(Role::consumer);
     check_ticket(ticket);
     return block("receive", self, ticket, wait, [&](Blocked& blocked) {
@@ -142,6 +136,7 @@ class Ring {
 
   // Never sleeps.
   std::optional<Lease> try_receive(Ticket ticket) const {
+    const Member::Call call(*member_);
     const Peer self = member_->require(Role::consumer);
     check_ticket(ticket);
     const auto attempt = [&](Blocked& blocked) {
@@ -226,6 +221,7 @@ class Ring {
       }
       slots().wait_bell(slots().bell(), member_->options.tick);
       wait.on_tick();
+      member_->require_joined();
     }
   }
 
@@ -236,6 +232,26 @@ class Ring {
   };
 
   explicit Ring(std::shared_ptr<Member> member) : member_(std::move(member)) {}
+
+  static Header read_header(const Segment& segment) {
+    if (segment.bytes() < kSlotsOffset) throw RingCorrupt("the segment is smaller than a ring's header");
+    Header header;
+    std::memcpy(&header, segment.at(0), sizeof header);
+    check_header(header, segment.bytes());
+    if (header.pid_namespace != pid_namespace()) {
+      throw TransportError(std::string(header.name) +
+                           ": made in another pid namespace, whose processes cannot be watched from here; share it "
+                           "(docker run --pid=container:...)");
+    }
+    return header;
+  }
+
+  static Ring join(std::shared_ptr<const Segment> segment, const Header& header, Role role,
+                   const AttachOptions& options) {
+    Ring ring(std::make_shared<Member>(std::move(segment), header, options));
+    ring.member_->join(role);
+    return ring;
+  }
 
   void check_ticket(Ticket ticket) const {
     if (ticket && slots().lap_of(*ticket) >= Control::kMaxLap) {
@@ -273,7 +289,7 @@ class Ring {
       blocked = {slot, seen};
       if (seen.lap() < slots().lap_of(ticket)) return std::nullopt;
       if (!seen.is(Phase::free, slots().lap_of(ticket))) {
-        Slots::advance(next_write, ticket);
+        slots().advance_past(next_write, ticket, seen);
       } else if (slots().exchange(slot, seen, seen.writing_by(self.index))) {
         KDFLOW_FAULT("slot_taken");
         Slots::advance(next_write, ticket);
@@ -297,7 +313,7 @@ class Ring {
     Control seen = slots().load(slot);
     while (seen.is(Phase::ready, lap)) {
       if (slots().exchange(slot, seen, seen.reading_by(self.index))) {
-        return start_reading(ticket, seen.reading_by(self.index));
+        return start_reading(ticket, seen.reading_by(self.index), &Lease::reject);
       }
     }
     if (seen.is(Phase::abandoned, lap)) throw_abandoned(ticket, "; reclaim() it to give it again");
@@ -320,12 +336,12 @@ class Ring {
       Control seen = slots().load(slot);
       blocked = {slot, seen};
       if (seen.lap() > lap || seen.is(Phase::reading, lap)) {
-        Slots::advance(next_read, ticket);
+        slots().advance_past(next_read, ticket, seen);
       } else if (seen.is(Phase::ready, lap)) {
         if (!slots().exchange(slot, seen, seen.reading_by(self.index))) continue;
         KDFLOW_FAULT("slot_received");
         Slots::advance(next_read, ticket);
-        return start_reading(ticket, seen.reading_by(self.index));
+        return start_reading(ticket, seen.reading_by(self.index), &Lease::discard);
       } else if (seen.is(Phase::abandoned, lap) || seen.is(Phase::aborted, lap)) {
         skip_lost(ticket, seen);
       } else {
@@ -348,7 +364,7 @@ class Ring {
     throw_abandoned(ticket, "; this record is lost");
   }
 
-  Lease start_reading(std::uint64_t ticket, Control granted) const {
+  Lease start_reading(std::uint64_t ticket, Control granted, void (Lease::*give_up)()) const {
     const std::uint64_t slot = slots().slot_of(ticket);
     KDFLOW_FAULT("received");
     Lease lease(member_, ticket, granted);
@@ -360,7 +376,7 @@ class Ring {
         throw RingCorrupt(member_->describe("receive", ticket) + ": the payload does not match its checksum", ticket);
       }
     } catch (const RingCorrupt&) {
-      lease.reject();
+      (lease.*give_up)();
       throw;
     }
     Slots::add(slots().counters(Role::consumer).records);
@@ -405,6 +421,7 @@ class Ring {
                           ticket);
       }
       wait.on_tick();
+      member_->require_joined();  // it was closed meanwhile, perhaps by on_tick
     }
   }
 

@@ -2,6 +2,7 @@
 // exchange().
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -92,6 +93,13 @@ class Slots {
     cursor.compare_exchange_strong(from, from + 1, std::memory_order_acq_rel, std::memory_order_relaxed);
   }
 
+  // The slot of `from` was seen past it. A cursor may be laps behind, where tickets are used beside free-running calls.
+  void advance_past(AtomicWord& cursor, std::uint64_t from, Control seen) const {
+    const bool laps_behind = seen.lap() > lap_of(from) + 1;
+    const std::uint64_t next = laps_behind ? std::max(from + 1, oldest_ticket()) : from + 1;
+    cursor.compare_exchange_strong(from, next, std::memory_order_acq_rel, std::memory_order_relaxed);
+  }
+
   static void add(AtomicWord& counter, std::uint64_t amount = 1) {
     counter.fetch_add(amount, std::memory_order_relaxed);
   }
@@ -115,6 +123,13 @@ class Slots {
     if ((before & 1) != 0) futex_wake_all(&cursors().bell);
   }
 
+  // All tickets before it are over.
+  std::uint64_t oldest_ticket() const {
+    std::uint64_t oldest = ticket_of(0, load(0));
+    for (std::uint64_t slot = 1; slot < count(); ++slot) oldest = std::min(oldest, ticket_of(slot, load(slot)));
+    return oldest;
+  }
+
   void check_intact() const {
     if (std::memcmp(segment_->at(0), &header_, sizeof header_) != 0) {
       throw RingCorrupt(name() + ": the ring's header was overwritten");
@@ -129,7 +144,9 @@ class Slots {
 
   void set_reason(std::uint64_t slot, const std::string& reason) const {
     Record& target = record(slot);
-    target.reason[reason.copy(target.reason, sizeof(target.reason) - 1)] = '\0';
+    std::size_t size = std::min(reason.size(), sizeof(target.reason) - 1);
+    while (size > 0 && size < reason.size() && (reason[size] & 0xc0) == 0x80) --size;  // not inside a UTF-8 character
+    target.reason[reason.copy(target.reason, size)] = '\0';
   }
   std::string reason(std::uint64_t slot) const {
     return {record(slot).reason, ::strnlen(record(slot).reason, sizeof(Record::reason))};

@@ -2,7 +2,7 @@
 // dloss/dlogits, in place. The formulas are those of kernels/kdflow_kernels/torch_rows.py, which
 // holds this code to account in the tests.
 //
-// compute.cpp is compiled once for each instruction set, with this interface; dispatch.cpp picks.
+// compute.cpp is compiled once for each instruction set, with this interface; bindings.cpp picks.
 #pragma once
 
 #include <cstdint>

@@ -138,7 +138,8 @@ class Completer {
 
   void run() {
     ::pthread_setname_np(::pthread_self(), "kdflow-cuda");
-    ::prctl(PR_SET_TIMERSLACK, 1UL);  // naps of microseconds, not of 50 more
+    ::prctl(PR_SET_TIMERSLACK, 1UL);    // naps of microseconds, not of 50 more
+    device_->driver().relax_capture();  // captures forbid cuEventQuery to all threads, unless they say that they may
     const Result current = device_->driver().cuCtxSetCurrent.status(device_->context());
     if (current != kSuccess) fail("cuCtxSetCurrent: " + device_->driver().describe(current));
     SpinBudget budget;        // of how long work takes

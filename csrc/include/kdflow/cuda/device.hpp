@@ -30,7 +30,6 @@ class Device {
   Device(const Device&) = delete;
 
   int ordinal() const { return ordinal_; }
-  DeviceId id() const { return id_; }
   ContextHandle context() const { return context_; }
   const Driver& driver() const { return driver_; }
   bool forked() const { return current_pid() != pid_; }

@@ -34,6 +34,7 @@ inline constexpr unsigned kEventDisableTiming = 2;
 inline constexpr unsigned kHostRegisterPortable = 1;
 inline constexpr unsigned kIpcLazyEnablePeerAccess = 1;
 inline constexpr int kPointerDeviceOrdinal = 9;
+inline constexpr int kCaptureRelaxed = 2;
 
 // A call to the driver, or one of ours around it, went wrong.
 struct CudaError : TransportError {
@@ -56,7 +57,6 @@ struct Driver {
   Call<Result, const char**> cuGetErrorString{"cuGetErrorString"};
   Call<int*> cuDeviceGetCount{"cuDeviceGetCount"};
   Call<DeviceId*, int> cuDeviceGet{"cuDeviceGet"};
-  Call<char*, int, DeviceId> cuDeviceGetName{"cuDeviceGetName"};
   Call<int*, DeviceId, DeviceId> cuDeviceCanAccessPeer{"cuDeviceCanAccessPeer"};
   Call<ContextHandle*, DeviceId> cuDevicePrimaryCtxRetain{"cuDevicePrimaryCtxRetain"};
   Call<DeviceId> cuDevicePrimaryCtxRelease{"cuDevicePrimaryCtxRelease_v2"};
@@ -82,12 +82,19 @@ struct Driver {
   Call<DevicePtr> cuIpcCloseMemHandle{"cuIpcCloseMemHandle"};
   Call<void*, std::size_t, unsigned> cuMemHostRegister{"cuMemHostRegister_v2"};
   Call<void*> cuMemHostUnregister{"cuMemHostUnregister"};
+  Call<int*> cuThreadExchangeStreamCaptureMode{"cuThreadExchangeStreamCaptureMode"};  // not of every driver
 
   // Throws CudaError with the reason where there is no driver or no device.
   static const Driver& get();
 
   // nullopt: there is a driver and at least one device. Creates no context. Asked once a process.
   static const std::optional<std::string>& unavailable_reason();
+
+  // From now on no call of this thread breaks a CUDA graph that another one captures.
+  void relax_capture() const {
+    int mode = kCaptureRelaxed;
+    if (cuThreadExchangeStreamCaptureMode.function != nullptr) cuThreadExchangeStreamCaptureMode.status(&mode);
+  }
 
   // "CUDA_ERROR_INVALID_VALUE (1), invalid argument"
   std::string describe(Result result) const {
@@ -107,7 +114,7 @@ struct Driver {
   template <typename Visit>
   void each_call(const Visit& visit) {
     visit(cuInit), visit(cuGetErrorName), visit(cuGetErrorString), visit(cuDeviceGetCount), visit(cuDeviceGet);
-    visit(cuDeviceGetName), visit(cuDeviceCanAccessPeer), visit(cuDevicePrimaryCtxRetain);
+    visit(cuDeviceCanAccessPeer), visit(cuDevicePrimaryCtxRetain);
     visit(cuDevicePrimaryCtxRelease), visit(cuCtxSetCurrent), visit(cuCtxGetCurrent), visit(cuCtxPushCurrent);
     visit(cuCtxPopCurrent), visit(cuCtxSynchronize), visit(cuCtxEnablePeerAccess), visit(cuStreamGetCtx);
     visit(cuStreamQuery), visit(cuEventCreate);
@@ -122,11 +129,15 @@ struct Driver {
     const std::string path = other != nullptr ? other : "libcuda.so.1";
     void* library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);  // never closed: its threads outlive every caller
     if (library == nullptr) return std::string(::dlerror());
-    std::optional<std::string> missing;
-    each_call([&]<typename... Parameters>(Call<Parameters...>& call) {
+    const auto find = [&]<typename... Parameters>(Call<Parameters...>& call) {
       call.function = reinterpret_cast<Result (*)(Parameters...)>(::dlsym(library, call.name));
-      if (call.function == nullptr && !missing) missing = path + " has no " + call.name + "; update the driver";
+      return call.function != nullptr;
+    };
+    std::optional<std::string> missing;
+    each_call([&](auto& call) {
+      if (!find(call) && !missing) missing = path + " has no " + call.name + "; update the driver";
     });
+    find(cuThreadExchangeStreamCaptureMode);
     if (missing) return missing;
     if (const Result result = cuInit.status(0); result != kSuccess) return "cuInit: " + describe(result);
     int num_devices = 0;

@@ -73,6 +73,14 @@ class StreamLease {
 
 class Stage : public std::enable_shared_from_this<Stage> {
  public:
+  // Whatever uses the device's things. They go after the last of these.
+  class Call : public Calls::Scope {
+   public:
+    explicit Call(Stage& stage) : Scope(stage.calls_) {
+      if (!entered()) stage.throw_closed();
+    }
+  };
+
   Stage(Ring ring, int ordinal)
       : ring_(std::move(ring)),
         role_(ring_.member()->require_joined().identity.role()),
@@ -83,6 +91,7 @@ class Stage : public std::enable_shared_from_this<Stage> {
     } else if (role_ == Role::consumer) {
       own_slab();
     }
+    calls_.open();
   }
   ~Stage() {
     try {
@@ -90,6 +99,7 @@ class Stage : public std::enable_shared_from_this<Stage> {
     } catch (const TransportError&) {  // the GPU still works on the slots: what it uses stays, as does the thread
       static_cast<void>(completer_.release());
       static_cast<void>(new std::shared_ptr<Memory>(memory_));
+      static_cast<void>(new Calls::Hold(ring_.member()->calls));
     }
   }
 
@@ -99,6 +109,7 @@ class Stage : public std::enable_shared_from_this<Stage> {
   Completer& completer() { return *completer_; }
 
   StreamLease reserve(Ring::Ticket ticket, const Wait& wait, StreamHandle stream) {
+    const Call call(*this);
     begin(stream);
     ring_.member()->require(Role::producer);
     if (in_device_memory()) use_slab(wait);
@@ -106,6 +117,7 @@ class Stage : public std::enable_shared_from_this<Stage> {
   }
   // reserve, copy and commit in one. `record` has its shape, and whatever else the writer gives.
   void put(Ring::Ticket ticket, const Record& record, DevicePtr source, const Wait& wait, StreamHandle stream) {
+    const Call call(*this);
     require_open();
     if (record.nbytes > 0) device_->require_own(source);  // a mistake here must not cost the ticket
     StreamLease slot = reserve(ticket, wait, stream);
@@ -119,10 +131,12 @@ class Stage : public std::enable_shared_from_this<Stage> {
     }
   }
   StreamLease receive(Ring::Ticket ticket, const Wait& wait, StreamHandle stream) {
+    const Call call(*this);
     begin(stream);
     return hold(ring_.receive(ticket, wait), stream);
   }
   std::optional<StreamLease> try_receive(Ring::Ticket ticket, StreamHandle stream) {
+    const Call call(*this);
     begin(stream);
     auto lease = ring_.try_receive(ticket);
     if (!lease) return std::nullopt;
@@ -131,6 +145,7 @@ class Stage : public std::enable_shared_from_this<Stage> {
 
   // Waits until what was committed or released so far has come to pass.
   void drain(std::chrono::nanoseconds timeout) {
+    const Call call(*this);
     if (!completer_->drain(timeout)) {
       throw RingTimeout(slots().name() + ": work on its slots is still running after " +
                         std::to_string(std::chrono::duration<double>(timeout).count()) + " s");
@@ -141,25 +156,20 @@ class Stage : public std::enable_shared_from_this<Stage> {
   // True: everything was given back. False: a producer still maps the slab, which is therefore kept until this process
   // ends. Throws RingTimeout, and closes nothing, while work is still running after `timeout`.
   bool close(std::chrono::nanoseconds timeout, std::chrono::nanoseconds grace) {
-    if (closed_ || device_->forked()) return true;
-    if (!completer_->drain(timeout)) {
-      throw RingTimeout(slots().name() + ": cannot close, work on its slots is still running");
+    if (!calls_.is_open() || ring_.member()->forked()) return true;
+    {
+      const Call call(*this);
+      if (!completer_->drain(timeout)) {
+        throw RingTimeout(slots().name() + ": cannot close, work on its slots is still running");
+      }
+      grace_.store(grace);
+      calls_.stop();
+      ring_.member()->calls.stop();  // waiting calls end
     }
-    closed_ = true;
-    const std::shared_ptr<const Device> device = std::move(device_);
-    const Device::Scope scope(*device);
-    // Work on slots that were neither committed nor released: nothing of it may run when they get another owner.
-    if (num_held_.load() > 0) device->driver().cuCtxSynchronize.status();
-    completer_.reset();
-    const bool owner = in_device_memory() && role_ == Role::consumer;
-    if (owner) slab_descriptor(slots()).state.store(SlabDescriptor::withdrawn, std::memory_order_release);
-    if (!owner) memory_.reset();
-    ring_.close();
-    if (!owner) return true;
-    const bool alone = wait_for_producers_to_leave(grace);
-    if (!alone) static_cast<void>(new std::shared_ptr<Memory>(memory_));  // on purpose: see above
-    memory_.reset();
-    return alone;
+    if (!calls_.close(timeout) && !calls_.within()) {
+      throw RingTimeout(slots().name() + ": closed, but a call of another thread still uses it");
+    }
+    return alone_.load();
   }
 
   void throw_failure() {
@@ -171,9 +181,11 @@ class Stage : public std::enable_shared_from_this<Stage> {
 
   const Slots& slots() const { return ring_.slots(); }
 
+  [[noreturn]] void throw_closed() const { throw TransportError(slots().name() + ": this ring is closed"); }
+
   void require_open() const {
-    if (closed_) throw TransportError(slots().name() + ": this ring is closed");
-    if (device_->forked()) {
+    if (!calls_.is_open()) throw_closed();
+    if (ring_.member()->forked()) {
       throw TransportError(slots().name() + ": CUDA does not work in a forked child; start it with spawn");
     }
   }
@@ -198,28 +210,56 @@ class Stage : public std::enable_shared_from_this<Stage> {
     memory_ = slab;
   }
 
+  // What close() comes to, when the last call is over.
+  void tear_down() noexcept {
+    if (ring_.member()->forked()) return;
+    try {
+      const Device::Scope scope(*device_);
+      // Work on slots that were neither committed nor released, or were so during close(): nothing of it may run when
+      // they get another owner.
+      if (num_held_.load() > 0 || !completer_->drain({})) device_->driver().cuCtxSynchronize.status();
+    } catch (const CudaError&) {  // the context is gone, and its work with it
+    }
+    completer_.reset();
+    const bool owner = in_device_memory() && role_ == Role::consumer;
+    if (owner) slab_descriptor(slots()).state.store(SlabDescriptor::withdrawn, std::memory_order_release);
+    if (!owner) memory_.reset();
+    membership_.reset();
+    ring_.close();
+    if (owner) alone_.store(wait_for_producers_to_leave(grace_.load()));
+    if (!alone_.load()) static_cast<void>(new std::shared_ptr<Memory>(memory_));  // on purpose: see above
+    memory_.reset();
+    device_.reset();
+  }
+
   // Producer: opens the slab once, then makes sure before every slot that its owner has not left, and now and then, for
   // that is a system call, that it was not killed.
   void use_slab(const Wait& wait) {
-    Member& member = *ring_.member();
+    await_slab(wait);
     const std::scoped_lock lock(slab_mutex_);
     if (memory_ == nullptr) {
-      const Clock::time_point deadline = Clock::now() + wait.timeout;
-      while (slab_descriptor(slots()).state.load(std::memory_order_acquire) == SlabDescriptor::none) {
-        if (Clock::now() >= deadline) {
-          throw RingTimeout(slots().name() + ": reserve: no consumer has made its device memory known in time; " +
-                            member.describe_living(Role::consumer));
-        }
-        slots().wait_bell(slots().bell(), member.options.tick);
-        wait.on_tick();
-      }
-      for (const Peer& peer : member.living()) {
+      for (const Peer& peer : ring_.member()->living()) {
         if (peer.identity.role() == Role::consumer) owner_ = peer;
       }
       require_owner();
       open_slab();
     }
     require_owner();
+  }
+
+  // Without the mutex, for each call has a timeout of its own.
+  void await_slab(const Wait& wait) const {
+    Member& member = *ring_.member();
+    const Clock::time_point deadline = Clock::now() + wait.timeout;
+    while (slab_descriptor(slots()).state.load(std::memory_order_acquire) == SlabDescriptor::none) {
+      if (Clock::now() >= deadline) {
+        throw RingTimeout(slots().name() + ": reserve: no consumer has made its device memory known in time; " +
+                          member.describe_living(Role::consumer));
+      }
+      slots().wait_bell(slots().bell(), std::min<Clock::duration>(member.options.tick, deadline - Clock::now()));
+      wait.on_tick();
+      require_open();
+    }
   }
 
   void open_slab() {
@@ -249,26 +289,34 @@ class Stage : public std::enable_shared_from_this<Stage> {
                    (withdrawn ? "has closed the ring" : "died") + "; close this end too");
   }
 
-  bool wait_for_producers_to_leave(std::chrono::nanoseconds grace) {
-    for (const Clock::time_point deadline = Clock::now() + grace; ring_.member()->has_live(Role::producer);) {
-      if (Clock::now() >= deadline) return false;
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  bool wait_for_producers_to_leave(std::chrono::nanoseconds grace) noexcept {
+    try {
+      for (const Clock::time_point deadline = Clock::now() + grace; ring_.member()->has_live(Role::producer);) {
+        if (Clock::now() >= deadline) return false;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      }
+      return true;
+    } catch (const TransportError&) {  // a corrupt ring does not tell
+      return false;
     }
-    return true;
   }
 
   static constexpr std::chrono::milliseconds kLook{1};
 
   Ring ring_;
   const Role role_;
+  // Whoever closes the ring, the slots have no other owner before the work on them is over.
+  std::optional<Calls::Hold> membership_{std::in_place, ring_.member()->calls};
   std::shared_ptr<const Device> device_;
   std::shared_ptr<Memory> memory_;
   std::mutex slab_mutex_;
   std::optional<Peer> owner_;  // of the slab
   Clock::time_point next_look_{};
   std::atomic<std::size_t> num_held_{0};
-  std::atomic<bool> closed_{false};
+  std::atomic<bool> alone_{true};
+  std::atomic<std::chrono::nanoseconds> grace_{};
   std::unique_ptr<Completer> completer_;
+  Calls calls_{[this] { tear_down(); }};
 };
 
 inline StreamLease::StreamLease(std::shared_ptr<Stage> stage, Lease held, StreamHandle on,
@@ -280,7 +328,9 @@ inline StreamLease::StreamLease(std::shared_ptr<Stage> stage, Lease held, Stream
 }
 
 inline StreamLease::~StreamLease() {
-  if (stage_ == nullptr || !held() || stage_->closed_ || stage_->device_->forked()) return;
+  if (stage_ == nullptr || !held() || lease.member()->forked()) return;
+  const Calls::Scope call(stage_->calls_);
+  if (!call.entered() || !stage_->calls_.is_open()) return;
   const Device::Scope scope(*stage_->device_);
   try {
     const bool writing = stage_->role_ == Role::producer;
@@ -299,6 +349,7 @@ inline void StreamLease::require_usable() const {
 }
 
 inline void StreamLease::copy(DevicePtr target, DevicePtr source, DevicePtr of_user, std::uint64_t nbytes) {
+  const Stage::Call call(*stage_);
   require_usable();
   if (nbytes > 0) stage_->device().require_own(of_user);
   enqueue(target, source, nbytes);
@@ -332,6 +383,7 @@ inline bool StreamLease::stream_is_done() const {
 }
 
 inline void StreamLease::finish(Ending ending, const std::string& reason) {
+  const Stage::Call call(*stage_);
   require_usable();
   const Device& device = stage_->device();
   const Device::Scope scope(device);

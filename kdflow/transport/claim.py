@@ -1,0 +1,23 @@
+"""Taking the ticket of a message, which may come to more than one: the death of who had it returns it to its ring."""
+
+from __future__ import annotations
+
+from kdflow.errors import PeerDied, TransportError
+from kdflow.transport.cuda_ring import CudaRing, CudaWriteSlot
+from kdflow.transport.ring import HiddenRing
+from kdflow.transport.slots import WriteSlot
+
+
+def claim(ring: HiddenRing | CudaRing, ticket: int, *, timeout_s: float = 30.0) -> WriteSlot | CudaWriteSlot | None:
+    """The slot, or None where nobody waits for it from us: the student has left, or somebody else has the ticket or
+    has answered it, as it was asked for twice.
+    """
+    try:
+        return ring.reserve(ticket, timeout_s=timeout_s)
+    except PeerDied:
+        return None
+    except TransportError as error:
+        # A refusal is of no other kind, and names the ticket; all else is a failure of the ring or the device.
+        if type(error) is not TransportError or error.ticket is None:
+            raise
+        return None

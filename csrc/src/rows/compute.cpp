@@ -153,9 +153,9 @@ void add_terms(const Buffer& z, const Buffer& y, int n, LogProbs student, LogPro
   sums.g += g_sum;
 }
 
-// Step 3's divergence over the first n columns: dz = kd_scale (g - q g_sum) + ce_scale q, where ce_scale is cross-entropy's
-// if it shares the softmax; returns the sum of f. The difference comes first: of a peaked row it is small beside its parts,
-// whose products with kd_scale would be rounded.
+// Step 3's divergence over the first n columns: dz = kd_scale (g - q g_sum) + ce_scale q, where ce_scale is
+// cross-entropy's if it shares the softmax; returns the sum of f. The difference comes first: of a peaked row it is
+// small beside its parts, whose products with kd_scale would be rounded.
 template <class D>
 float write_terms(const Buffer& z, const Buffer& y, int n, LogProbs student, LogProbs teacher, float parameter,
                   float kd_scale, float g_sum, float ce_scale, Buffer& dz) {

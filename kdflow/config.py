@@ -193,7 +193,7 @@ class AlgorithmConfig:
         kd_weight: Weight of the distillation term.
         ce_weight: Weight of the cross-entropy with the data's own tokens.
         grad_filter_eps: Columns whose gradient stays below it are left out of the backward GEMMs; 0 is exact.
-        chunk_size: Rows whose logits exist at one time; none chooses by size.
+        chunk_size: Rows whose teacher logits are held at once; none chooses by size.
     """
 
     name: str = "vanilla"

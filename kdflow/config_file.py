@@ -54,7 +54,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     known = option_names()
     arguments = list(overrides)
     for argument in arguments:
-        name = argument.split("=", 1)[0].removeprefix("--")
+        # jsonargparse's own endings: one more item of a list, and the options inside one.
+        name = argument.split("=", 1)[0].removeprefix("--").removesuffix("+").removesuffix(".help")
         if argument.startswith("--") and name not in (*known, "config", "print_config"):
             _reject_unknown(name, known, "command line")
     if path is not None:

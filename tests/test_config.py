@@ -44,6 +44,11 @@ def test_several_teachers(tmp_path: Path) -> None:
     assert load_config(None, MINIMAL).named_teachers() == {"": TeacherConfig("t")}
 
 
+def test_lists_grow_by_options() -> None:
+    config = load_config(None, [*MINIMAL, "--data.loss_roles=[assistant]", "--data.loss_roles+=tool"])
+    assert list(config.data.loss_roles) == ["assistant", "tool"]
+
+
 def test_dump_reads_back(tmp_path: Path) -> None:
     config = load_config(None, [*MINIMAL, "--optimizer.betas=[0.8,0.9]"])
     assert load_config(write(tmp_path, dump_config(config))) == config

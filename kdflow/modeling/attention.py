@@ -10,7 +10,6 @@ Shapes: 1 batch, Q query heads, K key heads, T packed tokens, D head size, B sam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,9 @@ from kdflow.modeling.placement import to_device
 PACKED_ATTENTION = "kdflow_packed"
 
 
-@dataclass(eq=False)
 class PackedLengths:
     """Of queries and keys of each sample. An object, as torch.compile would compile a layer anew for each other tuple;
-    not a frozen one, whose fields torch 2.11 looks at when it is passed on.
+    not a dataclass, which FSDP copies for each layer, and whose fields torch 2.11 looks at where it is frozen.
 
     Attributes:
         queries, keys: alike where no microbatch is cut; host integers, so no device wait.
@@ -36,10 +34,9 @@ class PackedLengths:
         num_calls: how many layers have attended by these lengths.
     """
 
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
-    context: ContextKeys | None
-    num_calls: int = 0
+    def __init__(self, queries: tuple[int, ...], keys: tuple[int, ...], context: ContextKeys | None) -> None:
+        self.queries, self.keys, self.context = queries, keys, context
+        self.num_calls = 0
 
 
 def packed_options(

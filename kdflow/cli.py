@@ -79,17 +79,12 @@ def _prune(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("model", help="folder or hub id")
     parser.add_argument("--num_layers", type=int, required=True, help="layers to keep")
-    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--output", required=True, help="folder to write, which must hold nothing")
     options = parser.parse_args(arguments)
-    import torch
-
-    from kdflow.modeling import hide_progress_bars, load_causal_lm, load_tokenizer, prune_layers
+    from kdflow.modeling import hide_progress_bars, prune_model
 
     hide_progress_bars()
-    model = prune_layers(load_causal_lm(options.model, torch.bfloat16), options.num_layers)
-    model.save_pretrained(options.output)
-    load_tokenizer(options.model).save_pretrained(options.output)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
+    size = prune_model(options.model, options.num_layers, options.output) / 1e6
     print(f"{options.output}: {options.num_layers} layers, {size:.0f} million parameters")
     return 0
 

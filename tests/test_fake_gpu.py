@@ -40,7 +40,7 @@ def fake_devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         (LAUNCHER, "two_gpus", False, 4),
         (LAUNCHER, "devices_and_rings", False, 5),
         (LAUNCHER, "not two_gpus and not devices_and_rings", False, 4),
-        ("tests/modeling/test_attention_cuda.py", "", False, 4),
+        ("tests/modeling/test_attention_cuda.py", "", False, 7),
         (STUDENT, "", False, 3),
         (STUDENT, "", True, 3),
         # Those of the student that are for every device.

@@ -2,7 +2,7 @@
 
 from kdflow.modeling.attention import PACKED_ATTENTION
 from kdflow.modeling.context import ContextKeys, ContextSplit
-from kdflow.modeling.decoder import forward_decoder, forward_hidden_states, head_options
+from kdflow.modeling.decoder import check_decoder, forward_decoder, forward_hidden_states, head_options
 from kdflow.modeling.gather import gather
 from kdflow.modeling.loading import (
     empty_causal_lm,
@@ -17,12 +17,15 @@ from kdflow.modeling.loading import (
     resolve_model,
 )
 from kdflow.modeling.placement import resolve_device, resolve_dtype, to_device
-from kdflow.modeling.prune import prune_layers
+from kdflow.modeling.positions import check_positions
+from kdflow.modeling.prune import prune_layers, prune_model
 
 __all__ = [
     "PACKED_ATTENTION",
     "ContextKeys",
     "ContextSplit",
+    "check_decoder",
+    "check_positions",
     "empty_causal_lm",
     "forward_decoder",
     "forward_hidden_states",
@@ -37,6 +40,7 @@ __all__ = [
     "load_tokenizer",
     "map_causal_lm",
     "prune_layers",
+    "prune_model",
     "resolve_device",
     "resolve_dtype",
     "resolve_model",

@@ -9,7 +9,7 @@ Shapes: 1 batch, Q query heads, K key heads, T packed tokens, D head size, B sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,15 @@ from transformers import AttentionInterface
 from kdflow.errors import ConfigError
 from kdflow.modeling.context import ContextKeys
 from kdflow.modeling.placement import to_device
+from kdflow.modeling.sinks import FlashWithSinks, with_sink_key
 
 PACKED_ATTENTION = "kdflow_packed"
+# What models of transformers hand on to attention, and no attention function computes by. The lengths are ours besides.
+_HARMLESS = {
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "cache_position", "use_cache",
+    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch",
+    "deterministic",
+}  # fmt: skip
 
 
 class PackedLengths:
@@ -31,12 +38,22 @@ class PackedLengths:
     Attributes:
         queries, keys: alike where no microbatch is cut; host integers, so no device wait.
         context: brings keys and values of other ranks, adding up to `keys`.
+        query_ends, key_ends: (B + 1,) int32, where each sample begins and the last one ends.
         num_calls: how many layers have attended by these lengths.
     """
 
-    def __init__(self, queries: tuple[int, ...], keys: tuple[int, ...], context: ContextKeys | None) -> None:
+    def __init__(
+        self, queries: tuple[int, ...], keys: tuple[int, ...], context: ContextKeys | None, device: torch.device
+    ) -> None:
         self.queries, self.keys, self.context = queries, keys, context
+        self.query_ends = self.key_ends = _ends(queries, device)
+        if context is not None:
+            self.key_ends = _ends(keys, device)
         self.num_calls = 0
+
+
+def _ends(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    return to_device(np.cumsum((0, *lengths), dtype=np.int32), device)
 
 
 def packed_options(
@@ -53,15 +70,11 @@ def packed_options(
     queries = keys = tuple(sequence_lengths)
     if context is not None:
         queries, keys = context.query_lengths, context.key_lengths
-
-    def ends(lengths: Sequence[int]) -> torch.Tensor:
-        return to_device(np.cumsum((0, *lengths), dtype=np.int32), device)
-
-    query_ends = ends(queries)
+    lengths = PackedLengths(queries, keys, context, device)
     return {
-        "lengths": PackedLengths(queries, keys, context),
-        "cu_seq_lens_q": query_ends,
-        "cu_seq_lens_k": query_ends if context is None else ends(keys),
+        "lengths": lengths,
+        "cu_seq_lens_q": lengths.query_ends,
+        "cu_seq_lens_k": lengths.key_ends,
         "max_length_q": max(queries),
         "max_length_k": max(keys),
     }
@@ -75,16 +88,13 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    lengths: PackedLengths,
-    cu_seq_lens_q: torch.Tensor,
-    cu_seq_lens_k: torch.Tensor,
-    max_length_q: int,
-    max_length_k: int,
+    lengths: PackedLengths | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: object,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of each sample over itself alone.
 
@@ -92,49 +102,42 @@ def packed_attention(
     the model's forward through.
 
     Args:
-        query: (1, Q, T, D); key and value: (1, K, T, D), K dividing Q.
+        query: (1, Q, T, D); key: (1, K, T, D) and value: (1, K, T, Dv), K dividing Q.
         lengths: of the samples; those of the queries add up to T.
-        cu_seq_lens_q: (B + 1,) int32, where the queries of each sample begin and the last ones end.
-        cu_seq_lens_k: the same of the keys.
-        max_length_q, max_length_k: of the longest sample.
         sliding_window: a token sees itself and the `sliding_window - 1` before it.
+        s_aux: (Q,) attention sinks: a logit for each head that takes of the softmax's weight and has no value.
+        others: those that attention is computed by are refused, by name.
 
     Returns:
-        (1, T, Q, D) and None (no attention weights).
+        (1, T, Q, Dv) and None (no attention weights).
 
     Raises:
-        ConfigError: the model caps its attention logits, which SDPA cannot do.
+        ConfigError: the model wants attention of another kind.
     """
-    if softcap is not None:
-        raise ConfigError(
-            f"model: {type(module).__name__} caps its attention logits (softcap={softcap}), which packed attention "
-            "does not support; take a model that does not, or a teacher of this one on SGLang"
-        )
-    assert attention_mask is None
-    lengths.num_calls += 1
+    _check(module, lengths, attention_mask, is_causal, others)
+    assert lengths is not None
     assert sum(lengths.queries) == query.shape[2]
+    lengths.num_calls += 1
     if lengths.context is not None:
         key, value = lengths.context.gather(key, value)
-    if sliding_window is not None and sliding_window >= max_length_k:
+    if sliding_window is not None and sliding_window >= max(lengths.keys):
         sliding_window = None
-    if _flash_takes(query):
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if _flash_takes(query, value):
         # SDPA's own kernel, which knows packed samples although SDPA does not: (T, Q, D).
-        output, *_ = torch.ops.aten._flash_attention_forward(
-            q,
-            k,
-            v,
-            cu_seq_lens_q,
-            cu_seq_lens_k,
-            max_length_q,
-            max_length_k,
-            dropout,
-            True,  # causal, the last query seeing all keys
-            False,  # return_debug_mask
-            scale=scaling,
-            window_size_left=None if sliding_window is None else sliding_window - 1,
-            window_size_right=None if sliding_window is None else 0,
-        )
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        longest = max(lengths.queries), max(lengths.keys)
+        # The last: causal, the last query seeing all keys.
+        arguments = (lengths.query_ends, lengths.key_ends, *longest, dropout, True)
+        options = {
+            "scale": scaling,
+            "window_size_left": None if sliding_window is None else sliding_window - 1,
+            "window_size_right": None if sliding_window is None else 0,
+        }
+        if s_aux is not None:
+            output = FlashWithSinks.apply(q, k, v, s_aux, arguments, options)
+            assert isinstance(output, torch.Tensor)
+        else:
+            output, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *arguments, False, **options)
         return output[None], None
     outputs = []
     for q, k, v in zip(
@@ -143,34 +146,69 @@ def packed_attention(
         value.split(lengths.keys, dim=2),
         strict=True,
     ):
-        num_queries, num_keys = q.shape[2], k.shape[2]
-        mask = None
-        if num_queries < num_keys or (sliding_window is not None and num_keys > sliding_window):
-            position = torch.arange(num_keys, device=q.device)
-            distance = position[num_keys - num_queries :, None] - position[None, :]
-            mask = (distance >= 0) & (distance < (sliding_window or num_keys))
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+        mask = _seen(q.shape[2], k.shape[2], sliding_window, q.device)
+        if s_aux is not None:
+            k, v, mask = with_sink_key(q, k, v, mask, s_aux)
+        output = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
 
 
-def _flash_takes(query: torch.Tensor) -> bool:
+def _check(
+    module: torch.nn.Module,
+    lengths: PackedLengths | None,
+    attention_mask: torch.Tensor | None,
+    is_causal: bool | None,
+    others: Mapping[str, object],
+) -> None:
+    """Raises ConfigError for attention of another kind. What models do without is None or False."""
+    wants = [name for name, v in others.items() if name not in _HARMLESS and v is not None and v is not False]
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if lengths is None:
+        what = "keeps the lengths of packed samples from its attention"
+    elif others.get("softcap") is not None:
+        what = f"caps its attention logits (softcap={others['softcap']})"
+    elif attention_mask is not None:
+        what = "gives its attention a mask of its own"
+    elif not is_causal:
+        what = "lets tokens see later ones (is_causal=False)"
+    elif wants:
+        what = f"computes its attention by {', '.join(wants)}"
+    else:
+        return
+    raise ConfigError(
+        f"model: {type(module).__name__} {what}, which packed attention does not support; "
+        "take a model that does not, or a teacher of this one on SGLang"
+    )
+
+
+def _seen(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
+    """(queries, keys) which query sees which key, the last query the last key; None: those up to its own."""
+    if num_queries == num_keys and (sliding_window is None or num_keys <= sliding_window):
+        return None
+    position = torch.arange(num_keys, device=device)
+    distance = position[num_keys - num_queries :, None] - position[None, :]
+    return (distance >= 0) & (distance < (sliding_window or num_keys))
+
+
+def _flash_takes(query: torch.Tensor, value: torch.Tensor) -> bool:
     head_size = query.shape[-1]
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and head_size % 8 == 0
         and head_size <= 256
+        and head_size == value.shape[-1]
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 

@@ -6,10 +6,41 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kdflow.errors import ConfigError
 from kdflow.modeling.attention import packed_options
 from kdflow.modeling.context import ContextKeys
+
+_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def check_decoder(config: Any, option: str) -> None:
+    """What a config tells of whether a model can run over packed samples; `forward_decoder` sees the rest.
+
+    Args:
+        option: that names the model.
+
+    Raises:
+        ConfigError: it is no causal LM, or its layers mix tokens by more than attention.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        raise ConfigError(
+            f"{option}: {config.model_type} is no decoder-only language model of transformers; expected one, such as "
+            "Llama or Qwen3"
+        )
+    _check_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, option)
+
+
+def _check_layers(kind: Any, config: Any, option: str) -> None:
+    others = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - _LAYERS)
+    if not others and not kind._is_stateful:  # that one is an attribute of every model of transformers
+        return
+    what = f"has layers of {', '.join(others)}" if others else "keeps a state from token to token"
+    raise ConfigError(
+        f"{option}: {kind.__name__} {what}, by which packed samples would see one another; expected a model whose "
+        "layers mix tokens by attention alone, or a teacher of this one on SGLang"
+    )
 
 
 def forward_hidden_states(
@@ -49,6 +80,7 @@ def forward_decoder(
     Raises:
         ConfigError: not all of its layers attend by the lengths, so that samples saw one another.
     """
+    _check_layers(type(decoder), decoder.config, "model")
     packed = packed_options(sequence_lengths, input_ids.device, context)
     told = decoder(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, **packed, **options)
     num_layers, num_calls = decoder.config.get_text_config().num_hidden_layers, packed["lengths"].num_calls

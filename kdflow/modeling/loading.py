@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -129,12 +129,41 @@ def load_decoder(model: str, dtype: torch.dtype) -> Any:
 def _load(auto_class: Any, model: str, dtype: torch.dtype, **options: Any) -> Any:
     load_model_config(model)
     try:
-        loaded = auto_class.from_pretrained(
-            resolve_model(model), dtype=dtype, attn_implementation=PACKED_ATTENTION, **options
+        loaded, told = auto_class.from_pretrained(
+            resolve_model(model),
+            dtype=dtype,
+            attn_implementation=PACKED_ATTENTION,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told of instead, by name
+            **options,
         )
     except (OSError, SafetensorError) as error:
         raise _unreadable(model, error) from None
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise ConfigError(
+            f"{model}: tensors that make up one weight (of experts, say) are missing or of different shapes; "
+            "transformers names them above; fetch or save them again"
+        ) from None
+    _check_whole(model, told)
     return loaded.eval()
+
+
+def _check_whole(model: str, told: Mapping[str, Any]) -> None:
+    """Raises ConfigError where transformers filled weights at random: what it tells as missing is neither tied nor
+    among those that a family does not store."""
+    missing = sorted(told["missing_keys"])
+    wrong = [f"{n} is {tuple(got)}, not {tuple(expected)}" for n, got, expected in sorted(told["mismatched_keys"])]
+    if missing or wrong:
+        raise ConfigError(
+            f"{model}: expected all weights of its config, got files in which {len(missing)} of them are missing"
+            f"{_first_two(missing)} and {len(wrong)} have another shape{_first_two(wrong)}; fetch or save them again"
+        )
+
+
+def _first_two(items: list[str]) -> str:
+    return f" ({'; '.join(items[:2])}{'; ...' if len(items) > 2 else ''})" if items else ""
 
 
 def _unreadable(model: str, error: Exception) -> ConfigError:

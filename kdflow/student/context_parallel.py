@@ -20,7 +20,6 @@ from kdflow.modeling import ContextKeys, ContextSplit, to_device
 from kdflow.student.rows import TeacherRows
 from kdflow.types import Microbatch
 
-_LAYERS = {"full_attention", "sliding_attention"}
 _ROPES = {"dynamic", "longrope"}
 
 
@@ -62,8 +61,7 @@ class ContextParallel:
         device: of this rank.
 
     Raises:
-        ConfigError: the model mixes tokens by other means than attention, or turns its positions by the length of what
-            it is given.
+        ConfigError: the model turns its positions by the length of what it is given.
     """
 
     def __init__(self, size: int, model_config: Any, device: torch.device) -> None:
@@ -102,14 +100,8 @@ class ContextParallel:
 
 
 def check_model(model_config: Any) -> None:
-    """Raises ConfigError where a token depends on others by more than attention."""
+    """Raises ConfigError where the turn of a position depends on what else a rank has."""
     values = model_config.get_text_config().to_dict()
-    kinds = set(values.get("layer_types") or ()) - _LAYERS
-    if kinds:
-        raise ConfigError(
-            f"student.context_parallel: this student has layers of {', '.join(sorted(kinds))}, which would see the "
-            f"tokens of one rank alone; expected {' and '.join(sorted(_LAYERS))}; set it to 1"
-        )
     ropes = [values.get("rope_parameters"), values.get("rope_scaling")]
     ropes += [inner for rope in ropes if isinstance(rope, dict) for inner in rope.values()]
     kinds = {str(rope.get("rope_type", rope.get("type"))) for rope in ropes if isinstance(rope, dict)} & _ROPES

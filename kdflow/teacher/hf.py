@@ -11,7 +11,7 @@ import torch
 from kdflow.config import TeacherConfig
 from kdflow.errors import ConfigError
 from kdflow.modeling import forward_hidden_states, load_causal_lm, resolve_device, resolve_dtype, to_device
-from kdflow.modeling.attention import packed_options
+from kdflow.modeling.attention import PACKED_ATTENTION
 from kdflow.teacher.base import TEACHERS, LocalTeacher, TeacherRings
 from kdflow.types import Microbatch
 
@@ -54,12 +54,16 @@ class HFTeacher(LocalTeacher):
 
     @torch.inference_mode()
     def token_logprobs(self, samples: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """One sample at a time, with the model's own attention mask, scale and caps."""
+        """One sample at a time, by transformers' own attention."""
         found = []
-        for sample in samples:
-            ids = to_device(sample.astype(np.int64), self.device)
-            logits = self._model(ids[None], **packed_options((len(sample),), self.device)).logits[0, :-1]
-            found.append(logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0].cpu())
+        self._model.set_attn_implementation("eager")
+        try:
+            for sample in samples:
+                ids = to_device(sample.astype(np.int64), self.device)
+                logits = self._model(ids[None], use_cache=False).logits[0, :-1]
+                found.append(logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0].cpu())
+        finally:
+            self._model.set_attn_implementation(PACKED_ATTENTION)
         return found
 
     def sleep(self) -> None:

@@ -18,12 +18,24 @@ def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes]
 
 
-def run(dtype: torch.dtype, sliding_window: int | None) -> list[torch.Tensor]:
+def run(
+    dtype: torch.dtype, sliding_window: int | None, sinks: list[float] | None = None, value_size: int = 64
+) -> list[torch.Tensor]:
     *inputs, grad_output = tensors(torch.bfloat16)
-    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    inputs = [x.to(dtype) for x in inputs]
+    inputs[2], grad_output = inputs[2][..., :value_size], grad_output[..., :value_size]
+    if sinks is not None:
+        inputs.append(torch.tensor(sinks, device="cuda", dtype=dtype))
+    inputs = [x.clone().requires_grad_() for x in inputs]
     options = packed_options(LENGTHS, torch.device("cuda"))
     output, _ = packed_attention(
-        torch.nn.Identity(), *inputs, None, scaling=0.1, sliding_window=sliding_window, **options
+        torch.nn.Identity(),
+        *inputs[:3],
+        None,
+        scaling=0.1,
+        sliding_window=sliding_window,
+        s_aux=inputs[3] if sinks is not None else None,
+        **options,
     )
     assert output.dtype == dtype
     output.backward(grad_output.to(dtype))
@@ -33,9 +45,28 @@ def run(dtype: torch.dtype, sliding_window: int | None) -> list[torch.Tensor]:
 @pytest.mark.parametrize("sliding_window", [None, 32, 1000])
 def test_flash_equals_sdpa(sliding_window: int | None) -> None:
     """bfloat16 goes to the flash kernel, float32 to SDPA: within bfloat16's rounding of each other."""
-    for flash, sdpa in zip(run(torch.bfloat16, sliding_window), run(torch.float32, sliding_window), strict=True):
-        assert flash.shape == sdpa.shape
-        assert (flash - sdpa).norm() / sdpa.norm() < 0.01
+    close(run(torch.bfloat16, sliding_window), run(torch.float32, sliding_window))
+
+
+@pytest.mark.parametrize("sliding_window", [None, 32])
+def test_attention_sinks(sliding_window: int | None) -> None:
+    """The kernel's output scaled by its logsumexp, its backward with the sinks' in that; the sinks' own gradient."""
+    sinks = [-2.0, 0.0, 1.5, 4.0]
+    with_sinks = run(torch.bfloat16, sliding_window, sinks)
+    close(with_sinks, run(torch.float32, sliding_window, sinks))
+    without = run(torch.bfloat16, sliding_window)
+    assert (with_sinks[0] - without[0]).norm() / without[0].norm() > 0.05, "the sinks take nothing"
+
+
+def test_values_narrower_than_keys() -> None:
+    """As of MLA: the flash kernel has one head size for both, so they go to SDPA."""
+    close(run(torch.bfloat16, None, value_size=32), run(torch.float32, None, value_size=32))
+
+
+def close(ours: list[torch.Tensor], true: list[torch.Tensor]) -> None:
+    for found, expected in zip(ours, true, strict=True):
+        assert found.shape == expected.shape
+        assert (found - expected).norm() / expected.norm() < 0.01
 
 
 def test_no_sample_sees_another() -> None:

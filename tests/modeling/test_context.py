@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, MistralConfig
 
 from kdflow.modeling import PACKED_ATTENTION, ContextKeys, ContextSplit, forward_decoder, forward_hidden_states
 from support.ranks import run_on_ranks
@@ -41,21 +42,25 @@ def test_attention_is_even() -> None:
     assert sum(pairs) == sum(n * (n + 1) / 2 for n in lengths)
 
 
-def make_model(sliding_window: int | None) -> MistralForCausalLM:
+def make_model(sliding_window: int | None, sinks: bool) -> Any:
     torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=sliding_window,
-    )
-    return MistralForCausalLM._from_config(config, attn_implementation=PACKED_ATTENTION).double()
+    shape: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": sliding_window,
+    }
+    config, options = MistralConfig(**shape), {}
+    if sinks:  # experts by plain products, as grouped ones have no float64
+        config = GptOssConfig(**shape, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+        options = {"experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_ATTENTION, **options).double()
 
 
-def furthest(lengths: tuple[int, ...], sliding_window: int | None) -> float:
+def furthest(lengths: tuple[int, ...], sliding_window: int | None, sinks: bool = False) -> float:
     """How far hidden states and summed gradients of this rank's part are from those of the whole."""
     rank, num_ranks, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     assert group is not None
@@ -63,13 +68,13 @@ def furthest(lengths: tuple[int, ...], sliding_window: int | None) -> float:
     positions = torch.cat([torch.arange(n) for n in lengths])
     weight = torch.linspace(-1, 1, sum(lengths) * 32, dtype=torch.float64).view(-1, 32)
 
-    whole = make_model(sliding_window)
+    whole = make_model(sliding_window, sinks)
     expected = forward_hidden_states(whole.base_model, ids, positions, lengths)
     (expected * weight).sum().backward()
 
     split = ContextSplit.of(lengths, rank, num_ranks)
     own = torch.from_numpy(split.tokens)
-    parted = make_model(sliding_window)
+    parted = make_model(sliding_window, sinks)
     context = ContextKeys(split, group, torch.device("cpu"))
     hidden = forward_decoder(parted.base_model, ids[own], positions[own], lengths, context).last_hidden_state[0]
     (hidden * weight[own] * (0.0 if split.is_stand_in else 1.0)).sum().backward()
@@ -83,7 +88,7 @@ def furthest(lengths: tuple[int, ...], sliding_window: int | None) -> float:
 
 
 def all_cases() -> list[float]:
-    return [furthest(*case) for case in [(LENGTHS, None), (LENGTHS, 6), ((2,), None)]]
+    return [furthest(*case) for case in [(LENGTHS, None), (LENGTHS, 6), (LENGTHS, 6, True), ((2,), None)]]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])

@@ -1,25 +1,24 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants as hub_constants
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from kdflow.errors import ConfigError
 from kdflow.modeling import (
     head_options,
     load_causal_lm,
+    load_decoder,
     load_lm_head,
     load_tokenizer,
-    prune_layers,
     resolve_device,
     resolve_dtype,
 )
-from kdflow.modeling.prune import kept_layers
-from support.tiny import make_config
+from support.tiny import FAMILIES, make_config
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -82,26 +81,68 @@ def test_head_options(tmp_path: Path) -> None:
         assert head_options(made) == expected
 
 
-def test_kept_layers() -> None:
-    assert kept_layers(30, 10) == [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]
-    assert kept_layers(4, 4) == [0, 1, 2, 3]
-    assert kept_layers(7, 1) == [0]
+LOADERS = [load_causal_lm, load_decoder]
 
 
-def test_prune_keeps_embeddings_and_spaced_layers(tiny: Path, tmp_path: Path) -> None:
-    full = load_causal_lm(str(tiny / "teacher"), torch.float32)
-    weights = {name: w.clone() for name, w in full.state_dict().items()}
-    prune_layers(full, 3).save_pretrained(tmp_path)
-    cut = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert cut.config.num_hidden_layers == 3
-    assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 3
-    assert torch.equal(cut.model.embed_tokens.weight, weights["model.embed_tokens.weight"])
-    for new, old in enumerate(kept_layers(4, 3)):
-        name = "mlp.down_proj.weight"
-        assert torch.equal(cut.model.layers[new].mlp.down_proj.weight, weights[f"model.layers.{old}.{name}"])
-        assert cut.model.layers[new].self_attn.layer_idx == new
-    with pytest.raises(ConfigError, match="expected 1 to 3, got 4"):
-        prune_layers(full, 4)
+def change(folder: Path, model: torch.nn.Module, **tensors: torch.Tensor | None) -> str:
+    """Saves the model with these tensors in place of its own; None leaves them out, `__` stands for a dot."""
+    model.save_pretrained(folder)  # type: ignore[operator]
+    changes = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    changed = load_file(folder / "model.safetensors") | changes
+    kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_missing_weights_are_not_made_up(tmp_path: Path, load) -> None:
+    lacks = {f"model__layers__1__mlp__{name}_proj__weight": None for name in ("up", "gate", "down")}
+    model = change(tmp_path, LlamaForCausalLM(make_config(tied=False)), **lacks)
+    with pytest.raises(
+        ConfigError, match=r"3 of them are missing \(.*layers\.1\.mlp\.down_proj.*; .*gate.*; \.\.\.\) and 0"
+    ):
+        load(model, torch.float32)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_weights_of_another_shape(tmp_path: Path, load) -> None:
+    model = change(tmp_path, LlamaForCausalLM(make_config()), model__norm__weight=torch.zeros(47))
+    message = r"0 of them are missing and 1 have another shape \(.*norm.weight is \(47,\), not \(48,\)\); fetch"
+    with pytest.raises(ConfigError, match=message):
+        load(model, torch.float32)
+
+
+def test_a_head_that_is_missing(tmp_path: Path) -> None:
+    """An error where it is not tied to the embeddings; and not where it is, or nobody asked for it."""
+    model = change(tmp_path / "own", LlamaForCausalLM(make_config(tied=False)), lm_head__weight=None)
+    with pytest.raises(ConfigError, match=r"1 of them are missing \(lm_head\.weight\)"):
+        load_causal_lm(model, torch.float32)
+    load_decoder(model, torch.float32)
+    LlamaForCausalLM(make_config(tied=True)).save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    for load in LOADERS:
+        load(str(tmp_path / "tied"), torch.float32)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_further_tensors_are_left_alone(tmp_path: Path, load) -> None:
+    model = change(tmp_path, LlamaForCausalLM(make_config(tied=False)), mtp__proj__weight=torch.zeros(3))
+    load(model, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [None, (3, 3)])
+def test_an_expert_that_does_not_fit_the_others(tmp_path: Path, shape: tuple[int, int] | None) -> None:
+    tensor = None if shape is None else torch.zeros(shape)
+    model = change(tmp_path, FAMILIES["qwen3_moe"](), model__layers__0__mlp__experts__1__up_proj__weight=tensor)
+    with pytest.raises(ConfigError, match=r"one weight \(of experts, say\) are missing or of different shapes"):
+        load_causal_lm(model, torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("load", LOADERS)
+def test_each_family_is_whole_as_it_is_saved(tmp_path: Path, family: str, load) -> None:
+    FAMILIES[family]().save_pretrained(tmp_path)
+    load(str(tmp_path), torch.float32)
 
 
 def test_placement() -> None:

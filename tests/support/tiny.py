@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -47,6 +49,9 @@ FAMILIES = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True)),
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(
         Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=16, num_experts=4, moe_intermediate_size=32)
+    ),
+    "gpt_oss": lambda: GptOssForCausalLM(
+        GptOssConfig(**SHAPE, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
     ),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SHAPE, **EXPERTS, num_local_experts=4)),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from contextlib import suppress
 from typing import Literal
 
 from rich.console import Console
@@ -100,10 +101,12 @@ class Progress:
         self._line(f"warning: {text}")
 
     def close(self) -> None:
-        self._bar.stop()
+        with suppress(OSError):
+            self._bar.stop()
 
     def _line(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        with suppress(OSError):  # it may go to a file, whose disk is full
+            self._console.out(text, highlight=False)
 
 
 def _by_teacher(metrics: StepMetrics | EvalMetrics, number: Literal["loss", "kd_loss"]) -> str:

@@ -6,12 +6,14 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
+from kdflow.errors import ConfigError
+from kdflow.observe.event_file import EventFile
+from kdflow.observe.files import AppendedFile
 from kdflow.training import EvalMetrics, StepMetrics
 
 
@@ -22,18 +24,29 @@ class Recorder:
     of StepMetrics or EvalMetrics, or `text`. Numbers that are not finite are null. Where there are several teachers,
     `teachers` has an object of each, and TensorBoard their numbers under `train/NAME/` and `eval/NAME/`.
 
+    Lines for which there is no room are lost, and the next ones are tried again.
+
     Args:
         folder: of the run.
         first_step: finished steps where the run begins. What an earlier process told of later ones, which are done
             again, goes.
+        say: told once of lines that are lost.
+
+    Raises:
+        ConfigError: the files cannot be opened.
     """
 
-    def __init__(self, folder: Path, *, first_step: int = 0) -> None:
+    def __init__(self, folder: Path, *, first_step: int = 0, say: Callable[[str], None] = print) -> None:
         path = folder / "metrics.jsonl"
-        if path.is_file():
-            _cut(path, first_step)
-        self._lines = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        try:
+            if path.is_file():
+                _cut(path, first_step)
+            self._lines = AppendedFile(path, say)
+            self._board = EventFile(folder / "tensorboard", first_step=first_step, say=say)
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir: the metrics cannot be written ({error}); make room in {folder}, or choose another folder"
+            ) from None
 
     def on_step(self, metrics: StepMetrics) -> None:
         self._write("train", asdict(metrics))
@@ -53,13 +66,13 @@ class Recorder:
         by_teacher = {"teachers": {name: _finite(own) for name, own in teachers.items()}} if teachers else {}
         self._line(kind, {**_finite(values), **by_teacher})
         step = int(values.pop("step"))
-        for prefix, numbers in ((kind, values), *((f"{kind}/{name}", own) for name, own in teachers.items())):
-            for name, value in numbers.items():
-                self._board.add_scalar(f"{prefix}/{name}", value, step)
+        points = {f"{kind}/{name}": value for name, value in values.items()}
+        for teacher, own in teachers.items():
+            points |= {f"{kind}/{teacher}/{name}": value for name, value in own.items()}
+        self._board.add(step, points)
 
     def _line(self, kind: str, values: dict[str, Any]) -> None:
-        self._lines.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
-        self._lines.flush()
+        self._lines.append(f"{json.dumps({'kind': kind, 'time': time.time(), **values})}\n".encode())
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:

@@ -7,12 +7,14 @@ import json
 import math
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kdflow.config import ObserveConfig
 from kdflow.errors import ConfigError
+from kdflow.observe.files import Outages
 from kdflow.training import EvalMetrics, StepMetrics
 
 
@@ -33,16 +35,26 @@ class WandbRecorder:
         project: of W&B.
         name: of the run there.
         options: of the run, to be shown there.
+        say: told once where `run.json` cannot be written.
 
     Raises:
         ConfigError: W&B takes no run (no login, no network).
     """
 
-    def __init__(self, folder: Path, *, project: str, name: str, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        project: str,
+        name: str,
+        options: dict[str, Any],
+        say: Callable[[str], None] = print,
+    ) -> None:
         import wandb
 
         self._state = folder / "wandb" / "run.json"
         self._state.parent.mkdir(exist_ok=True)
+        self._outages = Outages(self._state, say)
         self._told: dict[str, Any] = {"id": secrets.token_hex(4), "train": -1, "eval": -1}
         if self._state.is_file():
             self._told = json.loads(self._state.read_text(encoding="utf-8"))
@@ -85,5 +97,6 @@ class WandbRecorder:
         self._run.log({"step": step, **{name: value for name, value in numbers.items() if math.isfinite(value)}})
         self._told[kind] = step
         aside = self._state.with_suffix(".writing")
-        aside.write_text(json.dumps(self._told), encoding="utf-8")
-        os.replace(aside, self._state)
+        with self._outages.passed():
+            aside.write_text(json.dumps(self._told), encoding="utf-8")
+            os.replace(aside, self._state)

@@ -7,7 +7,6 @@ import math
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from kdflow.errors import CheckpointError
 from kdflow.student.checkpoint_folder import (
+    DISK_TIMEOUT,
     CheckpointFolder,
     CheckpointInfo,
     Fingerprint,
@@ -32,8 +32,6 @@ from kdflow.student.fsdp2 import FSDP2Student
 from kdflow.student.lora import has_lora, lora_scaling
 from kdflow.student.random_state import random_state, seed_random_state, set_random_state
 
-# Ranks wait for the slowest disk among them; a rank that ends is noticed at once, by its sockets.
-_TIMEOUT = timedelta(hours=1)
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
@@ -72,7 +70,7 @@ class CheckpointStore:
         self._seed = seed
         self._rank = dist.get_rank()
         self._num_ranks = dist.get_world_size()
-        group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=DISK_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -128,6 +126,7 @@ class CheckpointStore:
     def load(self) -> CheckpointInfo | None:
         """Puts the newest checkpoint into the student; None where there is none yet.
 
+        Of the optimizer it takes the moments and the steps; the options are those of this run.
         The number of ranks may be another one. Then a rank that the checkpoint knows takes its random state from it,
         and one that it does not know gets one from the seed, the step and its number.
 
@@ -139,6 +138,7 @@ class CheckpointStore:
             return None
         check_fingerprint(checkpoint, self._fingerprint)
         state = _state(self._student)
+        options = state["optimizer"].pop("param_groups")
         try:
             dcp_loader.load(state, checkpoint_id=checkpoint.path)
             rng = _load_rng(checkpoint.path, self._rank)
@@ -151,7 +151,7 @@ class CheckpointStore:
             self._student.module,
             self._student.optimizer,
             model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
+            optim_state_dict={**state["optimizer"], "param_groups": options},
         )
         if rng is None:
             seed_random_state(self._seed, checkpoint.info.num_steps_done, self._rank)

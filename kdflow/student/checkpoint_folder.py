@@ -8,10 +8,13 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 from kdflow.errors import CheckpointError
 
+# Ranks wait for the slowest disk among them; a rank that ends is noticed at once, by its sockets.
+DISK_TIMEOUT = timedelta(hours=1)
 _INFO = "checkpoint.json"
 _NAME = re.compile(r"step-\d+")
 _WRITING, _REMOVING = "writing-", "removing-"
@@ -113,9 +116,9 @@ class CheckpointFolder:
             json.dump(asdict(info), file)
             file.flush()
             os.fsync(file.fileno())
-        _flush(aside)
+        flush(aside)
         aside.rename(final)
-        _flush(self.path)
+        flush(self.path)
         return final
 
     def prune(self, *, keep_last: int, keep_best: bool) -> None:
@@ -169,9 +172,9 @@ def _score(checkpoint: Checkpoint) -> float:
     return checkpoint.info.score
 
 
-def _flush(folder: Path) -> None:
-    """The names in a folder, to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """What a file holds, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

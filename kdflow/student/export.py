@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict_loader as dcp_loader
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -20,7 +22,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kdflow.config import StudentConfig
 from kdflow.errors import CheckpointError
-from kdflow.modeling import load_causal_lm, load_model_config, load_tokenizer
+from kdflow.modeling import load_causal_lm, load_model_config, load_tokenizer, resolve_model
+from kdflow.student.checkpoint_folder import DISK_TIMEOUT, flush
 from kdflow.student.fsdp2 import FSDP2Student
 from kdflow.student.lora import (
     add_lora,
@@ -40,22 +43,46 @@ _PREFIX = "model.model."
 def export_model(student: FSDP2Student, tokenizer: Any, folder: Path) -> None:
     """Safetensors in bfloat16, config, generation config, tokenizer and chat template.
 
-    Adapters are merged into their base, and lie in `adapter` besides. Every rank calls it; rank 0 writes.
+    Adapters are merged into their base, and lie in `adapter` besides. Every rank calls it; rank 0 writes. What the
+    folder held before is replaced once the new model is whole.
+
+    Args:
+        folder: in that of a run, whose last checkpoint is on disk.
+
+    Raises:
+        CheckpointError: on every rank, it could not be written.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(student.model, options=options)
+    group = dist.new_group(backend="gloo", timeout=DISK_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    failure = None
     if dist.get_rank() == 0:
         tensors = {n: w for n, w in weights.items() if isinstance(w, torch.Tensor)}
-        tensors |= dequantized_weights(student.model)
-        if has_lora(student.model):
-            save_adapter(student.model, tensors, folder / "adapter")
-            tensors = merge_lora(tensors, lora_scaling(student.model))
-        tensors = {n: w.to(torch.bfloat16) for n, w in tensors.items()}
-        config = copy.deepcopy(student.model.config)
-        if hasattr(config, "quantization_config"):  # what is written is whole
-            del config.quantization_config
-        _write(_shell(config), student.model.generation_config, tensors, tokenizer, folder)
-    dist.barrier()
+        try:
+            with _written_aside(folder, replace=True) as aside:
+                _write_student(student, tensors, tokenizer, aside)
+        except CheckpointError as error:
+            failure = str(error)
+    outcomes: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, failure, group=group)
+    if outcomes[0] is not None:
+        raise CheckpointError(
+            f"{outcomes[0]}; the checkpoint of the last step is there: make room, and `kdflow export {folder.parent}` "
+            "writes the model"
+        )
+
+
+def _write_student(student: FSDP2Student, tensors: dict[str, torch.Tensor], tokenizer: Any, folder: Path) -> None:
+    tensors |= dequantized_weights(student.model)
+    if has_lora(student.model):
+        save_adapter(student.model, tensors, folder / "adapter")
+        tensors = merge_lora(tensors, lora_scaling(student.model))
+    tensors = {n: w.to(torch.bfloat16) for n, w in tensors.items()}
+    config = copy.deepcopy(student.model.config)
+    if hasattr(config, "quantization_config"):  # what is written is whole
+        del config.quantization_config
+    _write(_shell(config), student.model.generation_config, tensors, tokenizer, folder)
 
 
 def export_checkpoint(checkpoint: Path, student: StudentConfig, folder: Path) -> None:
@@ -67,19 +94,17 @@ def export_checkpoint(checkpoint: Path, student: StudentConfig, folder: Path) ->
         student: of the run. The model that it started from must still be there, for its config and tokenizer.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read or is of another student, or `folder` holds something.
+        CheckpointError: the checkpoint cannot be read or is of another student, or `folder` holds something or cannot
+            be written; then nothing is left of it.
         ConfigError: no such model, or no bitsandbytes for one with a 4-bit base.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty: choose another --output, or remove it")
+    _check_free(folder)
     model, lora = student.model, student.lora
     config, tokenizer = load_model_config(model), load_tokenizer(model)
     try:
-        generation = GenerationConfig.from_pretrained(str(Path(model).expanduser()) if model[:1] == "~" else model)
+        generation = GenerationConfig.from_pretrained(resolve_model(model))
     except OSError:
         generation = GenerationConfig.from_model_config(config)
-    aside = folder.with_name(f"writing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
     weights = read_weights(checkpoint, torch.float32 if lora.rank else torch.bfloat16)
     if lora.quantization != "none":
         weights |= _quantized_base(student)
@@ -88,10 +113,58 @@ def export_checkpoint(checkpoint: Path, student: StudentConfig, folder: Path) ->
         weights = {n: w.to(torch.bfloat16) for n, w in merge_lora(weights, lora.alpha / lora.rank).items()}
     shell = _shell(config)
     _check_names(checkpoint, weights, shell, model)
-    _write(shell, generation, weights, tokenizer, aside)
-    if folder.exists():
-        folder.rmdir()
-    aside.rename(folder)
+    with _written_aside(folder) as aside:
+        _write(shell, generation, weights, tokenizer, aside)
+
+
+def _check_free(folder: Path) -> None:
+    try:
+        found = "is not empty" if folder.exists() and any(folder.iterdir()) else None
+    except OSError as error:  # a file, or one that may not be read
+        found = f"cannot be used ({error.strerror})"
+    if found is not None:
+        raise CheckpointError(f"{folder} {found}: choose another --output, or remove it")
+
+
+@contextmanager
+def _written_aside(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to write into. When that is done it is flushed to the disk, and takes the name of `folder`.
+
+    Args:
+        replace: what `folder` holds.
+
+    Raises:
+        CheckpointError: it could not be written. Nothing of it is left, and `folder` is as it was.
+    """
+    final = folder.resolve()
+    aside = final.with_name(f"writing-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for path in (*aside.rglob("*"), aside):
+            flush(path)
+        if replace and final.exists():
+            _replace(final, aside)
+        else:
+            aside.rename(final)
+        flush(final.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} was not written ({error})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace(folder: Path, aside: Path) -> None:
+    leaving = folder.with_name(f"removing-{folder.name}")
+    shutil.rmtree(leaving, ignore_errors=True)
+    folder.rename(leaving)
+    try:
+        aside.rename(folder)
+    except OSError:
+        leaving.rename(folder)
+        raise
+    shutil.rmtree(leaving, ignore_errors=True)
 
 
 def _quantized_base(student: StudentConfig) -> dict[str, torch.Tensor]:
@@ -157,4 +230,9 @@ def _write(
 ) -> None:
     shell.generation_config = generation_config
     shell.save_pretrained(folder, state_dict=dict(weights))
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is Exception:  # so the tokenizers library tells of a full disk
+            raise OSError(str(error)) from None
+        raise

@@ -59,10 +59,11 @@ def test_what_there_is_only_with_a_teacher_is_left_out_without() -> None:
     progress = Progress(4, first_step=0, log_every=1, console=Console(file=out))
     progress.on_step(replace(STEP, step=1, teacher_tokens_per_s=0.0, num_skipped=1))
     progress.on_eval(EvalMetrics(1, math.nan, 1.0, 2.71828, math.nan, 100, 1.0))
-    progress.on_warning("no room")
+    text = "no room in runs/[a][/b]/:smile:/" + "long/" * 50
+    progress.on_warning(text)
     progress.close()
     step, evaluation, warning = out.getvalue().splitlines()
     assert "teacher" not in step
     assert step.endswith("skipped 1")
     assert evaluation == "eval after 1 steps: perplexity 2.72  (100 tokens)"
-    assert warning == "warning: no room"
+    assert warning == f"warning: {text}"

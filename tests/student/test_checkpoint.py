@@ -10,11 +10,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
+from kdflow.config import OptimizerConfig
 from kdflow.errors import CheckpointError
 from kdflow.student import CheckpointFolder, CheckpointStore, FSDP2Student
 from kdflow.student.checkpoint_folder import CheckpointInfo
+from kdflow.student.optimizer import adamw
 from support.ranks import run_on_ranks
-from support.student import Rows, load_samples, make_student, rank_steps
+from support.student import Rows, load_samples, make_student, rank_steps, whole
 from support.tiny import make_config, with_dropout
 
 
@@ -97,6 +99,54 @@ def test_resume_on_another_number_of_ranks(tiny: Path, tmp_path: Path) -> None:
         assert again == pytest.approx(losses[4:], rel=1e-5)
         for name, weight in weights.items():
             torch.testing.assert_close(resumed[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def state_of(student: FSDP2Student) -> list[dict[str, torch.Tensor]]:
+    states = [student.optimizer.state[p] for p in student.module.parameters()]
+    return [{name: whole(value).clone() for name, value in state.items()} for state in states]
+
+
+def resume_with_other_options(folder: Path, model: str, store: Path, one_group: bool) -> None:
+    """Three steps, then a checkpoint; and that one in a run with other options, which does one more."""
+    other = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.7)
+    student, resumed = (make_student(model, str(folder / "teacher")) for _ in range(2))
+    if one_group:
+        student.optimizer = torch.optim.AdamW(student.module.parameters(), lr=1e-3)
+    resumed.optimizer = adamw(resumed.module, other)
+    for _ in range(3):
+        for weight in student.module.parameters():
+            weight.grad = torch.ones_like(weight)
+        student.optimizer.step()
+    checkpoints, again = (CheckpointStore(store, of) for of in (student, resumed))
+    checkpoints.save(3)
+    checkpoints.wait()
+    assert again.load() is not None
+    weights, saved = weights_of(student), state_of(student)
+    assert all(torch.equal(weight, weights[name]) for name, weight in weights_of(resumed).items())
+    for one, two in zip(saved, state_of(resumed), strict=True):
+        assert one.keys() == two.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(value, two[name]) for name, value in one.items())
+    made = adamw(resumed.module, other).param_groups
+    for expected, group in zip(made, resumed.optimizer.param_groups, strict=True):
+        assert group["params"] == expected["params"]
+        assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in expected.items() if k != "params"}
+    for weight in resumed.module.parameters():
+        weight.grad = torch.zeros_like(weight)
+    resumed.optimizer.step()
+    for before, now in zip(saved, state_of(resumed), strict=True):  # without a gradient the moments fade by the betas
+        torch.testing.assert_close(now["exp_avg"], 0.5 * before["exp_avg"])
+        torch.testing.assert_close(now["exp_avg_sq"], 0.6 * before["exp_avg_sq"])
+    for store_of in (checkpoints, again):
+        store_of.close()
+
+
+@pytest.mark.parametrize("num_ranks, one_group", [(1, False), (2, False), (1, True)])
+def test_options_of_the_optimizer_are_those_of_the_run(
+    tiny: Path, tmp_path: Path, num_ranks: int, one_group: bool
+) -> None:
+    """Moments and steps are those of the checkpoint, in whatever groups it had them."""
+    job = (resume_with_other_options, tiny, str(tiny / "student"), tmp_path / "store", one_group)
+    run_on_ranks(num_ranks, tmp_path / "ranks", *job)
 
 
 def random_numbers(folder: Path, model: str, store: Path, num_loads: int) -> list[float]:

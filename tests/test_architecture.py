@@ -28,7 +28,7 @@ ALLOWED = {
     "kdflow.teacher": LEAVES | {DATA, TRANSPORT, MODELING},
     "kdflow.student": LEAVES | {DATA, TRANSPORT, MODELING, "kdflow.algorithms"},
     "kdflow.training": LEAVES | {DATA},
-    "kdflow.plan": LEAVES | {DATA, MODELING, "kdflow.config_file"},
+    "kdflow.plan": LEAVES | {DATA, MODELING, "kdflow.algorithms", "kdflow.config_file"},
     "kdflow.observe": LEAVES | {"kdflow.training"},
 }
 # Engines are imported in one place each; the loss in those that compute with it.

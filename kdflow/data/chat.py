@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -12,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 from jinja2 import TemplateError
 
+from kdflow.data.tool_calls import Message, spellings, without_last_call
 from kdflow.errors import DataError
 from kdflow.types import Sample
 
-Message = dict[str, Any]
 _USUAL_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
 # A template is a program: on a row that it was not made for it fails as programs do.
 _FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -80,20 +81,56 @@ class ChatTokenizer:
             tools: descriptions of tools, for templates that tell the model of them.
 
         Raises:
-            DataError: the template refuses the messages, leaves one out, or rewrites earlier turns when later ones
-                come; no turn is of `loss_roles`.
+            DataError: the template refuses the messages, leaves out one, its tool calls or the tools, or rewrites
+                earlier turns when later ones come; no turn is of `loss_roles`.
         """
         turns = [index for index, message in enumerate(messages) if message["role"] in self._loss_roles]
         if not turns:
             roles = ", ".join(sorted({message["role"] for message in messages}))
             raise DataError(f"no {' or '.join(sorted(self._loss_roles))} turn (it has {roles})")
-        text = self._render(messages, tools)
-        for message in messages:
-            if message["role"] not in _USUAL_ROLES and message["content"].strip() not in text:
-                raise DataError(f"the chat template leaves out what role {message['role']!r} says")
+        text, messages = self._render_calls(messages, tools)
+        self._check_whole(text, messages, tools)
         if self._loss_turns == "last":
             turns = turns[-1:]
         return Chat(text, tuple(self._span(text, messages, index, tools) for index in turns))
+
+    def _render_calls(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[str, list[Message]]:
+        """The text, and the messages as the template takes them."""
+        first, *others = spellings(messages)
+        try:
+            return self._render(first, tools), first
+        except DataError:
+            for other in others:
+                with suppress(DataError):
+                    return self._render(other, tools), other
+            raise
+
+    def _check_whole(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
+        """
+        Raises:
+            DataError: something that the row says is not in the text. Templates write calls and tools in ways of their
+                own, some a call by its id and without its name; so one is left out if the text is the same without it.
+        """
+        for index, message in enumerate(messages):
+            if message["role"] not in _USUAL_ROLES and message["content"].strip() not in text:
+                raise DataError(f"the chat template leaves out what role {message['role']!r} says")
+            if message.get("tool_calls"):
+                fewer = [*messages[:index], without_last_call(message), *messages[index + 1 :]]
+                if self._writes(text, fewer, tools):
+                    raise DataError(
+                        "the chat template leaves out the tool calls: write them into `content`, or use a model whose "
+                        "template has them"
+                    )
+        if tools and self._writes(text, messages, None):
+            raise DataError(
+                "the chat template leaves out `tools`: take the column out, or use a model whose template has them"
+            )
+
+    def _writes(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> bool:
+        try:
+            return self._render(messages, tools) == text
+        except DataError:  # it misses what was taken out
+            return False
 
     def _span(self, text: str, messages: Sequence[Message], index: int, tools: Sequence[Any] | None) -> tuple[int, int]:
         message = messages[index]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdflow.data.chat import Message
 from kdflow.data.sources import Row
+from kdflow.data.tool_calls import Message
 from kdflow.errors import DataError
 
 
@@ -71,6 +71,8 @@ def _message(message: Any, column: str) -> Message:
     message = {key: value for key, value in message.items() if value is not None}
     if not message.keys() & {"content", "tool_calls"}:
         raise DataError(f"one of `{column}` with neither `content` nor `tool_calls`")
+    if not isinstance(message.get("tool_calls") or [], list):
+        raise DataError(f"`tool_calls` of one of `{column}` is not a list")
     return {**message, "content": _text(message.get("content", ""), column)}
 
 

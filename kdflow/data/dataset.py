@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -18,10 +18,11 @@ from kdflow.config import DataConfig, DataSource
 from kdflow.data.chat import Chat, ChatTokenizer
 from kdflow.data.conversation import read_row
 from kdflow.data.mixture import Mixture, apportion
+from kdflow.data.progress import told
 from kdflow.data.report import DatasetReport
 from kdflow.data.shorten import fit, pair
 from kdflow.data.sources import Row, open_source
-from kdflow.data.store import FORMAT, SampleView, TokenStore, open_or_write
+from kdflow.data.store import FORMAT, SampleView, StoreWriter, TokenStore, open_or_write
 from kdflow.data.teachers import check_all_used, teacher_of_source
 from kdflow.errors import DataError
 from kdflow.types import Sample
@@ -36,34 +37,49 @@ class Dataset:
         samples: of all sources, and in which order a run draws them.
         report: of all sources together.
         digests: of the stores' contents, by source: with other ones a run would not be the same.
+        stores: folders of the token stores, by source.
     """
 
     samples: Mixture
     report: DatasetReport
     digests: dict[str, str]
+    stores: dict[str, Path]
 
 
 def load_datasets(
-    config: DataConfig, tokenizer: Any, seed: int, teachers: Sequence[str] = ("",)
+    config: DataConfig,
+    tokenizer: Any,
+    seed: int,
+    teachers: Sequence[str] = ("",),
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    stores: Mapping[str, Path] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """The training set and the held-out set (None where `num_eval_samples` is 0).
 
     Args:
         teachers: names of those from which samples learn.
+        say: told of each source that is tokenised, and how far it is.
+        stores: of both sets, as another process opened them: sources are not read then, and the samples are the same
+            whatever they would yield by now.
 
     Raises:
         DataError: a source is missing, empty or unusable; samples and teachers do not fit one another.
     """
     chat = ChatTokenizer(tokenizer, loss_roles=config.loss_roles, loss_turns=config.loss_turns)
+
+    def open_store(source: str) -> TokenStore:
+        return _open_store(source, config, chat, say) if stores is None else TokenStore(stores[source])
+
     sources = config.train_sources()
-    parts = _open_parts(sources, config, chat, teachers)
+    parts = _open_parts(sources, open_store, config.teacher_column, teachers)
     check_all_used(teachers, {name or part.teacher for part in parts for name in part.store.first_rows_by_teacher()})
     if config.num_eval_samples == 0:
         return _dataset(sources, parts), None
     eval_sources = config.eval_sources() or sources
     shares = apportion([item.weight for item in eval_sources], config.num_eval_samples)
     if config.eval is not None:
-        eval_parts = _open_parts(eval_sources, config, chat, teachers)
+        eval_parts = _open_parts(eval_sources, open_store, config.teacher_column, teachers)
         chosen = [
             part.only(_choose(part.store, n, seed), part.skipped) for part, n in zip(eval_parts, shares, strict=True)
         ]
@@ -82,12 +98,15 @@ def load_datasets(
 
 
 def _open_parts(
-    sources: Sequence[DataSource], config: DataConfig, chat: ChatTokenizer, teachers: Sequence[str]
+    sources: Sequence[DataSource],
+    open_store: Callable[[str], TokenStore],
+    teacher_column: str | None,
+    teachers: Sequence[str],
 ) -> list[_Part]:
     parts, first_row = [], 0
     for item in sources:
-        store = _open_store(item.source, config, chat)
-        teacher = teacher_of_source(item, store, config.teacher_column, teachers)
+        store = open_store(item.source)
+        teacher = teacher_of_source(item, store, teacher_column, teachers)
         parts.append(_Part(store, np.arange(len(store)), first_row, teacher, store.report.skipped))
         first_row += store.report.num_rows
     return parts
@@ -105,6 +124,7 @@ def _dataset(sources: Sequence[DataSource], parts: Sequence[_Part]) -> Dataset:
         samples=Mixture(parts, [item.weight for item in sources]),
         report=DatasetReport.sum([part.report() for part in parts]),
         digests={item.source: part.store.digest for item, part in zip(sources, parts, strict=True)},
+        stores={item.source: part.store.folder for item, part in zip(sources, parts, strict=True)},
     )
 
 
@@ -141,11 +161,13 @@ class _Part(SampleView):
         return self.store.report_of(self.indices, self.skipped)
 
 
-def _open_store(name: str, config: DataConfig, chat: ChatTokenizer) -> TokenStore:
-    source = open_source(name)
+def _open_store(name: str, config: DataConfig, chat: ChatTokenizer, say: Callable[[str], None]) -> TokenStore:
+    untold, cache = open_source(name), cache_folder(config)
+    source = replace(untold, rows=lambda: told(untold.rows(), name, say))
+    fingerprint = source.fingerprint()
     decides = {
         "format": FORMAT,
-        "rows": source.fingerprint(),
+        "rows": fingerprint,
         "chat": chat.fingerprint(),
         "max_length": config.max_length,
         "long_samples": config.long_samples,
@@ -153,9 +175,12 @@ def _open_store(name: str, config: DataConfig, chat: ChatTokenizer) -> TokenStor
         "teacher_column": config.teacher_column,
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
-    return open_or_write(
-        cache_folder(config), key, lambda writer: tokenize_rows(source.rows(), chat, config, name, writer.add)
-    )
+
+    def write(writer: StoreWriter) -> DatasetReport:
+        say(f"data: {name} is tokenised, once: its tokens are kept in {cache}")
+        return tokenize_rows(source.rows_of(fingerprint), chat, config, name, writer.add)
+
+    return open_or_write(cache, key, write)
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -177,14 +202,22 @@ def tokenize_rows(
     """
     work = _Work(chat, config)
     numbered = enumerate(rows)
+    first: Row = {}
     while chunk := list(islice(numbered, _ROWS_AT_A_TIME)):
+        first = first or chunk[0][1]
         for sample, truncated in work.samples(chunk):
             add(sample, truncated)
     report = work.report()
     if report.num_rows == 0:
         raise DataError(f"data: {source} holds no rows")
     if report.num_samples == 0:
-        raise DataError(f"data: {source}: no row can be used ({report})")
+        columns = ", ".join(sorted(map(str, first))) or "none"
+        hint = (
+            ""
+            if "messages" in first
+            else f"; expected a column `messages`, and the columns of the first row are {columns}"
+        )
+        raise DataError(f"data: {source}: no row can be used ({report}){hint}")
     return report
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,8 +42,33 @@ class Source:
             digest.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         if not self.files:
             for row in self.rows():
-                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+                digest.update(self._as_bytes(row))
         return digest.hexdigest()
+
+    def rows_of(self, fingerprint: str) -> Iterator[Row]:
+        """The rows, read once more.
+
+        Raises:
+            DataError: after the last one, where a function gave others than those of this fingerprint.
+        """
+        if self.files:
+            yield from self.rows()
+            return
+        digest = hashlib.sha256()
+        for row in self.rows():
+            digest.update(self._as_bytes(row))
+            yield row
+        if digest.hexdigest() != fingerprint:
+            raise DataError(
+                f"data: {self.name}: called twice, it gave other rows the second time; expected the same rows in the "
+                "same order each time: give its random numbers a seed, or write its rows to a file"
+            )
+
+    def _as_bytes(self, row: Row) -> bytes:
+        try:
+            return json.dumps(row, sort_keys=True, default=str).encode()
+        except (TypeError, ValueError) as error:
+            raise DataError(f"data: {self.name}: expected rows as JSON can hold them, got one with: {error}") from None
 
 
 def open_source(source: str) -> Source:
@@ -61,7 +86,7 @@ def open_source(source: str) -> Source:
     if path.endswith(".py"):
         _existing(Path(path))
         return Source(source, (), partial(_from_function, Path(path), name))
-    if Path(source).suffix in (".csv", ".txt", ".gz", ".zst", ".tsv", *_FILES):
+    if Path(source).is_file() or Path(source).suffix in (".csv", ".txt", ".gz", ".zst", ".tsv", *_FILES):
         return _of_files(source, [Path(source)])
     if Path(source).is_dir():
         files = sorted(item for item in Path(source).iterdir() if item.name.endswith(_FILES))
@@ -93,22 +118,29 @@ def _existing(path: Path) -> Path:
 def _from_json(path: Path) -> Iterator[Row]:
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8") as text:
+        with opened(path, "rt", encoding="utf-8-sig") as text:  # with a byte order mark or without
             if path.suffix == ".json" and _is_array(text):
-                yield from (_object(row, f"{path}: row {number}") for number, row in enumerate(json.load(text), 1))
+                rows = _parsed(text.read(), str(path))
+                yield from (_object(row, f"{path}: row {number}") for number, row in enumerate(rows, 1))
                 return
             for number, line in enumerate(text, 1):
                 if line.strip():
-                    try:
-                        yield _object(json.loads(line), f"{path}:{number}")
-                    except json.JSONDecodeError as error:
-                        raise DataError(f"data: {path}:{number}: not JSON: {error}") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"data: {path}: not JSON: {error}") from None
+                    yield _object(_parsed(line, f"{path}:{number}"), f"{path}:{number}")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"data: {path}: not a whole gzip file: {error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"data: {path}: not UTF-8: {error}") from None
+    except OSError as error:
+        raise DataError(f"data: {path}: cannot be read: {error}") from None
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"data: {where}: not JSON: {error}; expected a row on each line, or in a .json file one array of rows"
+        ) from None
 
 
 def _is_array(text: TextIO) -> bool:
@@ -148,7 +180,10 @@ def _from_function(path: Path, name: str) -> Iterator[Row]:
     if not name or not callable(vars(module).get(name)):
         functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise DataError(f"data: {path}: no function {name!r} (it has: {', '.join(functions)})")
-    for number, row in enumerate(vars(module)[name](), 1):
+    rows = vars(module)[name]()
+    if not isinstance(rows, Iterable):
+        raise DataError(f"data: {path}:{name}: expected an iterable of rows, got {rows!r}; does it return them?")
+    for number, row in enumerate(rows, 1):
         yield _object(row, f"{path}:{name}: row {number}")
 
 

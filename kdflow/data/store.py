@@ -30,7 +30,7 @@ from kdflow.data.report import DatasetReport
 from kdflow.errors import DataError
 from kdflow.types import Sample
 
-FORMAT = 3
+FORMAT = 4  # of the files, and of what rows are made into
 _FIELDS = 6
 _SIDES = ("", "teacher_")
 _DRAFT = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{32}")  # the key that it will have, and a name of its own
@@ -103,10 +103,13 @@ class TokenStore(SampleView):
     """The samples of a folder that a StoreWriter filled.
 
     Raises:
-        DataError: files are cut short.
+        DataError: files are cut short, or there is no such folder.
     """
 
     def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise DataError(f"data: the token store {folder} is gone; start again, and leave it while a run reads it")
+        self.folder = folder
         try:
             values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
             self.digest: str = values.pop("digest")

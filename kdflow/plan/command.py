@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
@@ -15,7 +15,7 @@ from kdflow.modeling import hide_progress_bars, resolve_device, resolve_dtype
 from kdflow.plan.plan import WARM_UP_STEPS, Machine, Plan, make_plan
 from kdflow.plan.printing import print_plan
 from kdflow.plan.rates import GPUS, Rates, load_rates
-from kdflow.plan.shapes import load_shape, load_teachers
+from kdflow.plan.shapes import load_shape, load_teachers, teachers_of
 from kdflow.plan.workload import Workload, data_workload, uniform_workload
 
 SIMULATED_STEPS = 8
@@ -50,31 +50,38 @@ def main(arguments: Sequence[str]) -> int:
     add_options(parser)
     options, overrides = parser.parse_known_args(arguments)
     hide_progress_bars()
-    print_plan(plan_of(load_config(options.config, overrides), options), Console())
+    beside = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    print_plan(plan_of(load_config(options.config, overrides), options, beside.print), Console())
     return 0
 
 
-def plan_of(config: RunConfig, options: argparse.Namespace) -> Plan:
+def plan_of(config: RunConfig, options: argparse.Namespace, say: Callable[[str], None]) -> Plan:
     """The plan of a run for the machine that the options describe.
+
+    Args:
+        say: told of data that is tokenised.
 
     Raises:
         ConfigError, DataError: an option or a model that cannot be, data that cannot be read.
     """
     _check(options)
-    if config.teacher.is_base:
+    teachers = teachers_of(config).values()
+    if any(teacher.is_base for teacher in teachers):
         raise ConfigError("teacher.backend: base has no process of its own, so there is no overlap to be planned")
-    if not all(teacher.model for teacher in config.named_teachers().values()):
-        raise ConfigError("teacher.model: a plan is one of teacher and student, and no teacher is given; name one")
+    if not all(teacher.model for teacher in teachers):
+        raise ConfigError(
+            f"teacher.model: algorithm {config.algorithm.name} learns from a teacher, and none is given; name its "
+            "folder or hub id (algorithm sft learns from text alone)"
+        )
     rates = load_rates(options.rates)
     machine = make_machine(config, rates, num_gpus=options.gpus, num_nodes=options.nodes)
-    return make_plan(
-        config, load_shape(config.student.model), load_teachers(config), _workload(config, options), machine
-    )
+    workload = _workload(config, options, say)
+    return make_plan(config, load_shape(config.student.model), load_teachers(config), workload, machine)
 
 
 def make_machine(config: RunConfig, rates: Rates, *, num_gpus: int | None = None, num_nodes: int = 1) -> Machine:
     """A CPU is one device; else a GPU for each rank and each shard of a teacher, unless told otherwise."""
-    teachers = config.named_teachers().values()
+    teachers = teachers_of(config).values()
     wanted = config.student.num_ranks + sum(teacher.num_workers * teacher.tp_size for teacher in teachers)
     # A CPU's auto is asked of this one; every GPU has bfloat16.
     dtype = config.student.compute_dtype
@@ -96,7 +103,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--loss_share: expected more than 0 and at most 1, got {options.loss_share}")
 
 
-def _workload(config: RunConfig, options: argparse.Namespace) -> Workload:
+def _workload(config: RunConfig, options: argparse.Namespace, say: Callable[[str], None]) -> Workload:
     num_ranks = config.student.num_ranks
     if config.student.context_parallel > 1:
         raise ConfigError(
@@ -117,6 +124,6 @@ def _workload(config: RunConfig, options: argparse.Namespace) -> Workload:
             loss_share=options.loss_share,
         )
     try:
-        return data_workload(config, options.steps, num_ranks)
+        return data_workload(config, options.steps, num_ranks, say=say)
     except (ConfigError, DataError) as error:
         raise type(error)(f"{error}; --tokens_per_sample N plans without the data") from None

@@ -59,21 +59,27 @@ def _layer_activations(shape: ModelShape, item: int, on_gpu: bool) -> int:
     return total
 
 
-def loss_memory(student: ModelShape, teacher: ModelShape, num_rows: int, *, item: int, on_gpu: bool) -> LossMemory:
+def loss_memory(
+    student: ModelShape, teacher: ModelShape | None, num_rows: int, *, item: int, on_gpu: bool
+) -> LossMemory:
     """What the loss allocates beyond its inputs, with the gradients of both of the student's.
 
     On a CPU without the native row step some 8 MiB a thread come on top.
+
+    Args:
+        teacher: None where it is cross-entropy alone.
     """
     make = _triton_loss if on_gpu else _torch_loss
-    return make(student, min(student.vocab_size, teacher.vocab_size), num_rows, item)
+    columns = student.vocab_size if teacher is None else min(student.vocab_size, teacher.vocab_size)
+    return make(student, columns, num_rows, item, with_teacher=teacher is not None)
 
 
-def _triton_loss(student: ModelShape, columns: int, num_rows: int, item: int) -> LossMemory:
+def _triton_loss(student: ModelShape, columns: int, num_rows: int, item: int, *, with_teacher: bool) -> LossMemory:
     backend = triton_backend
     row = columns * item
     group = backend.plan_groups(num_rows, row)
     num_groups = -(-num_rows // group)
-    chunk = min(backend.CHUNK_ROWS * 2 // item, group)
+    chunk = min(backend.CHUNK_ROWS * 2 // item, group) if with_teacher else 0
     many = num_groups > backend.GROUPS_IN_LOW_PRECISION
     weight = student.head_params * (FP32 + item if many else item)
     return LossMemory(
@@ -82,11 +88,11 @@ def _triton_loss(student: ModelShape, columns: int, num_rows: int, item: int) ->
     )
 
 
-def _torch_loss(student: ModelShape, columns: int, num_rows: int, item: int) -> LossMemory:
+def _torch_loss(student: ModelShape, columns: int, num_rows: int, item: int, *, with_teacher: bool) -> LossMemory:
     hidden = student.hidden_size
     in_place = 0 < num_rows <= hidden + torch_backend.SCRATCH_ROWS
     group = max(1, num_rows if in_place else min(num_rows, torch_backend.SCRATCH_ROWS))
-    chunk = -(-group // -(-group // torch_backend.CHUNK_ROWS))
+    chunk = -(-group // -(-group // torch_backend.CHUNK_ROWS)) if with_teacher else 0
     outside = columns
     if in_place:  # logits lie in the weight's gradient, as far as it goes
         outside = max(0, columns - student.head_params // max(group, hidden))
@@ -131,7 +137,7 @@ def student_memory(
     # Until the last microbatch, gradients wait whole and in fp32.
     waiting = FP32 * params if num_microbatches > 1 else 0
     activations = activation_bytes(shape, num_tokens, item, checkpointing=checkpointing, on_gpu=on_gpu)
-    losses = [loss_memory(shape, teacher, num_rows, item=item, on_gpu=on_gpu) for teacher in teachers]
+    losses = [loss_memory(shape, teacher, num_rows, item=item, on_gpu=on_gpu) for teacher in teachers or [None]]
     loss = max(losses, key=lambda memory: memory.scratch + memory.gradients)
     at_loss = {
         **fixed,

@@ -13,7 +13,7 @@ from kdflow.plan import work
 from kdflow.plan.memory import Memory, student_memory, teacher_memory
 from kdflow.plan.rates import Rates
 from kdflow.plan.schedule import Costs, Outcome, Schedule, simulate
-from kdflow.plan.shapes import ModelShape
+from kdflow.plan.shapes import ModelShape, teachers_of
 from kdflow.plan.work import FP32, Work
 from kdflow.plan.workload import Piece, Workload
 
@@ -137,7 +137,7 @@ class _Planner:
         machine: Machine,
     ) -> None:
         self._config, self._student, self._shapes = config, student, teachers
-        self._teachers = config.named_teachers()
+        self._teachers = teachers_of(config)
         self._workload, self._machine = workload, machine
         self._num_ranks = config.student.num_ranks
         rates, per_node = machine.rates, math.ceil(machine.num_devices / machine.num_nodes)
@@ -155,7 +155,7 @@ class _Planner:
         }
         prefilling = {shards[0] for workers in self._shards.values() for shards in workers}
         self.sharing = bool(prefilling & set(self._students))
-        self.takes_turns = config.transport.schedule == "colocate"
+        self.takes_turns = bool(self._teachers) and config.transport.schedule == "colocate"
 
     def schedule(self, *, num_steps_around: int = 0) -> Schedule:
         """Of the workload, its first step so many times before it and its last one as often behind it."""
@@ -195,7 +195,9 @@ class _Planner:
         return work.optimizer_work(self._student.num_params / self._num_ranks, self._machine.item)
 
     def _costs(self, piece: Piece) -> Costs:
-        student, teacher, item = self._student, self._shapes[piece.teacher_name], self._machine.item
+        student, item = self._student, self._machine.item
+        # A sample may name its teacher in a run that asks none.
+        teacher = self._shapes[piece.teacher_name] if self._teachers else None
         forward = self._seconds(work.forward_work(student, piece.lengths, item))
         checkpointing = self._config.student.activation_checkpointing == "full"
         backward = work.backward_work(student, piece.lengths, item, recomputed=checkpointing)
@@ -204,12 +206,12 @@ class _Planner:
         moved = student.num_params * (self._num_ranks - 1) / self._num_ranks
         gather, reduce = item * moved / self._gather_rate, FP32 * moved / self._gather_rate
         return Costs(
-            prefill_s=self._prefill_s(piece),
-            transfer_s=piece.num_rows * teacher.hidden_size * item / self._row_rate,
+            prefill_s=self._prefill_s(piece) if teacher else 0.0,
+            transfer_s=piece.num_rows * teacher.hidden_size * item / self._row_rate if teacher else 0.0,
             forward_s=max(forward, gather),
             loss_s=self._seconds(work.loss_work(student, teacher, piece.num_rows)),
             backward_s=max(self._seconds(backward), gather + reduce),
-            teacher=piece.teacher_name,
+            teacher=piece.teacher_name if teacher else None,
         )
 
     def _prefill_s(self, piece: Piece) -> float:
@@ -235,7 +237,7 @@ class _Planner:
 
         return {
             **{_prefill(name): prefill(name) for name in self._teachers},
-            "ring: transfer": mean("transfer_s"),
+            **({"ring: transfer": mean("transfer_s")} if self._teachers else {}),
             "student: forward": mean("forward_s"),
             "student: loss": mean("loss_s"),
             "student: backward": mean("backward_s"),
@@ -246,7 +248,7 @@ class _Planner:
         """Of a rank and of each teacher's GPU, for a largest microbatch of so many tokens and rows."""
         machine, config = self._machine, self._config
         slots = config.transport.num_slots * config.training.tokens_per_microbatch
-        widest = max(shape.hidden_size for shape in self._shapes.values())
+        widest = max((shape.hidden_size for shape in self._shapes.values()), default=0)
         on_student = student_memory(
             self._student,
             list(self._shapes.values()),
@@ -312,6 +314,10 @@ class _Planner:
         parts = self.step_seconds()
         student_parts = {part: seconds for part, seconds in parts.items() if part.startswith("student: ")}
         student_s = sum(student_parts.values())
+        most = max(student_parts, key=lambda part: student_parts[part])
+        share = f"{most.partition(': ')[2]} takes {student_parts[most] / student_s:.0%}"
+        if not self._teachers:
+            return f"students, who learn from text alone; {share}"
         if self.takes_turns:
             return (
                 f"turns: for {outcome.wait:.0%} of the time students rest while teachers wake, prefill and fall asleep "
@@ -319,8 +325,10 @@ class _Planner:
             )
         if self.sharing:
             teacher_s = sum(parts[_prefill(name)] * teacher.num_workers for name, teacher in self._teachers.items())
-            share = teacher_s / (teacher_s + student_s)
-            return f"teacher and student share a device: {share:.0%} of its time is prefilling"
+            return (
+                f"teacher and student share a device: {teacher_s / (teacher_s + student_s):.0%} of its time is "
+                "prefilling"
+            )
         name = max(outcome.busy, key=lambda name: outcome.busy[name])
         if outcome.wait > NOTICEABLE_WAIT and outcome.busy[name] > 0.9:
             num_workers = self._teachers[name].num_workers
@@ -336,6 +344,4 @@ class _Planner:
                 f"the ring: ranks wait {outcome.wait:.0%} of the time while teachers are idle "
                 f"{1 - outcome.busy[name]:.0%}; raise transport.num_slots above {self._config.transport.num_slots}"
             )
-        most = max(student_parts, key=lambda part: student_parts[part])
-        share = student_parts[most] / student_s
-        return f"students, which never wait; {most.partition(': ')[2]} takes {share:.0%}"
+        return f"students, which never wait; {share}"

@@ -39,13 +39,17 @@ def print_plan(plan: Plan, console: Console) -> None:
 def summary(plan: Plan) -> list[str]:
     """What one wants to know first, a line each."""
     together = "students and teachers together" if plan.sharing else "the larger of both"
-    if plan.config.transport.schedule == "colocate":
+    if not plan.teachers:
+        together = "students alone"
+    elif plan.config.transport.schedule == "colocate":
         together = "the larger of both turns"
     fit = "fits" if plan.fits else "does NOT fit"
     budget = plan.config.training.tokens_per_microbatch
     largest = f"{plan.largest_budget:,} tokens" if plan.largest_budget else "nothing"
     shown = plan.outcome
-    busy = ", ".join(f"{named('teacher', name)} {share:.0%}" for name, share in shown.busy.items())
+    busy = [f"{named('teacher', name)} {share:.0%}" for name, share in shown.busy.items()]
+    if busy:
+        busy.append(f"ranks wait {shown.wait:.0%} of the time")
     left_out = _left_out(plan.config)
     return [
         *(
@@ -57,7 +61,7 @@ def summary(plan: Plan) -> list[str]:
         f"microbatch  {largest} would fit; training.tokens_per_microbatch is {budget:,}",
         f"speed       {plan.tokens_per_s:,.0f} tokens/s, {plan.hours:,.2f} hours "
         f"for {plan.config.training.num_steps} steps",
-        f"busy        students {shown.student_busy:.0%}, {busy}, ranks wait {shown.wait:.0%} of the time",
+        f"busy        {', '.join([f'students {shown.student_busy:.0%}', *busy])}",
         f"bottleneck  {plan.bottleneck}",
     ]
 

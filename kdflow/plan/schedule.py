@@ -24,7 +24,7 @@ class Costs:
     forward_s: float
     loss_s: float
     backward_s: float
-    teacher: str = ""  # who prefills it
+    teacher: str | None = ""  # who prefills it; None: nobody, and it needs no rows
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Schedule:
     Attributes:
         optimizer_s: of each step, every rank.
         student_devices: numbers of the devices; the same number means the same device.
-        teacher_devices: of each teacher's workers, by its name.
+        teacher_devices: of each teacher's workers, by its name; empty where students learn from text alone.
         num_slots: of each rank's ring.
         turn_s: seconds in which teachers fall asleep, and in which they wake; None where they never do.
     """
@@ -66,7 +66,7 @@ class Outcome:
     @property
     def teacher_busy(self) -> float:
         """Of the busiest."""
-        return max(self.busy.values())
+        return max(self.busy.values(), default=0.0)
 
 
 class _Clock:
@@ -163,7 +163,11 @@ class _Simulation:
         """All ranks at once, so their requests take turns."""
         for index in range(self._asked, end):
             for rank in range(self._num_ranks):
-                self._queues[self._work[index][rank].teacher].append((rank, index))
+                teacher = self._work[index][rank].teacher
+                if teacher is None:
+                    self._ready.add((rank, index))
+                else:
+                    self._queues[teacher].append((rank, index))
         self._asked = end
         for name in self._queues:
             self._serve(name)

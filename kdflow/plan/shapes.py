@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdflow.config import RunConfig
+from kdflow.algorithms import ALGORITHMS
+from kdflow.config import RunConfig, TeacherConfig
 from kdflow.errors import ConfigError
 from kdflow.modeling import load_model_config
 
@@ -74,13 +75,22 @@ def load_shape(model: str) -> ModelShape:
     return shape_of(load_model_config(model), model)
 
 
-def load_teachers(config: RunConfig) -> dict[str, ModelShape]:
-    """Of all teachers of a run, by name.
+def teachers_of(config: RunConfig) -> dict[str, TeacherConfig]:
+    """Those that a run learns from, by name; none where its algorithm learns from text alone.
 
     Raises:
-        ConfigError: as `load_shape`.
+        ConfigError: no such algorithm.
     """
-    return {name: load_shape(teacher.model) for name, teacher in config.named_teachers().items()}
+    return config.named_teachers() if ALGORITHMS.get(config.algorithm.name).uses_teacher else {}
+
+
+def load_teachers(config: RunConfig) -> dict[str, ModelShape]:
+    """Of all that a run learns from.
+
+    Raises:
+        ConfigError: as `load_shape` and `teachers_of`.
+    """
+    return {name: load_shape(teacher.model) for name, teacher in teachers_of(config).items()}
 
 
 def shape_of(config: Any, name: str) -> ModelShape:

@@ -84,10 +84,11 @@ def backward_work(shape: ModelShape, lengths: Sequence[int], item: int, *, recom
     return work + forward_work(shape, lengths, item) if recomputed else work
 
 
-def loss_work(student: ModelShape, teacher: ModelShape, num_rows: int) -> Work:
-    """Both projections and the two products of the gradient: 2NV(Ht + 3Hs)."""
-    vocab = min(student.vocab_size, teacher.vocab_size)
-    per_logit = teacher.hidden_size + 3 * student.hidden_size
+def loss_work(student: ModelShape, teacher: ModelShape | None, num_rows: int) -> Work:
+    """Both projections and the two products of the gradient: 2NV(Ht + 3Hs); cross-entropy alone has no teacher's."""
+    vocab, per_logit = student.vocab_size, 3 * student.hidden_size
+    if teacher is not None:
+        vocab, per_logit = min(vocab, teacher.vocab_size), per_logit + teacher.hidden_size
     return Work(flops=2.0 * num_rows * vocab * per_logit, logits=float(num_rows * vocab))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,14 +52,24 @@ class Workload:
         return max(len(step) for step in self.steps)
 
 
-def data_workload(config: RunConfig, num_steps: int, num_ranks: int, *, first_step: int = 0) -> Workload:
+def data_workload(
+    config: RunConfig,
+    num_steps: int,
+    num_ranks: int,
+    *,
+    first_step: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Workload:
     """The first steps of the run, tokenised and packed as the run does it.
+
+    Args:
+        say: told of data that is tokenised.
 
     Raises:
         ConfigError, DataError: the tokenizer or the data cannot be had here.
     """
     tokenizer, teachers = load_tokenizer(config.student.model), tuple(config.named_teachers())
-    train, _ = load_datasets(config.data, tokenizer, config.seed, teachers)
+    train, _ = load_datasets(config.data, tokenizer, config.seed, teachers, say=say)
     training = config.training
 
     def of_rank(rank: int) -> list[Step]:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from kdflow.data import ChatTokenizer
 from kdflow.errors import DataError
 from kdflow.types import Microbatch, Sample
-from support.tiny import make_conversations, make_tokenizer
+from support.tiny import CHAT_TEMPLATE, make_conversations, make_tokenizer
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -134,6 +136,79 @@ def test_tool_calls_are_as_the_template_has_them() -> None:
     (sample,) = chat.tokenize([chat.render(WITH_TOOLS, TOOLS)], [0])
     assert said(sample, tokenizer) == '<call>clock {"zone": "UTC"}</call><|im_end|>Noon.<|im_end|>'
     assert "<tool>clock</tool><|im_start|>user" in tokenizer.decode(sample.input_ids)
+
+
+CALLS_BY_ID = TOOL_TEMPLATE.replace("{{ c.function.name }} {{ c.function.arguments | tojson }}", "{{ c.id }}")
+CALLS_AS_TEXT = TOOL_TEMPLATE.replace("c.function.arguments | tojson", "c.function.arguments + ''")
+FIRST_CALL = TOOL_TEMPLATE.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]")
+STRICT_ABOUT_CALLS = TOOL_TEMPLATE.replace(
+    "<|im_end|>\n",
+    "{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('who asked?') }}"
+    "{% endif %}<|im_end|>\n",
+)
+TEXT_CALL = {"function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
+
+UNREADABLE_CALL = {"function": {"name": "clock", "arguments": "UTC"}}
+
+
+def calling(*calls: dict, **message) -> list[dict]:
+    return [WITH_TOOLS[0], {"role": "assistant", "content": "", **message, "tool_calls": [*calls]}, *WITH_TOOLS[2:]]
+
+
+def with_template(template: str, **options) -> ChatTokenizer:
+    tokenizer = make_tokenizer("clock zone UTC Noon When tool call " * 20)
+    tokenizer.chat_template = template
+    return ChatTokenizer(tokenizer, **options)
+
+
+@pytest.mark.parametrize(
+    "template, messages, text",
+    [
+        (CALLS_BY_ID, calling({"id": "clock:0", **CALL}), "<call>clock:0</call><|im_end|>"),
+        (CALLS_AS_TEXT, calling(TEXT_CALL), '<call>clock {"zone": "UTC"}</call><|im_end|>'),
+        (CALLS_AS_TEXT, calling(CALL), '<call>clock {"zone": "UTC"}</call><|im_end|>'),
+        (TOOL_TEMPLATE, calling(TEXT_CALL), '<call>clock {"zone": "UTC"}</call><|im_end|>'),
+        (TOOL_TEMPLATE, calling(UNREADABLE_CALL), '<call>clock "UTC"</call><|im_end|>'),
+        (FIRST_CALL, calling(CALL), '<call>clock {"zone": "UTC"}</call><|im_end|>'),
+        (STRICT_ABOUT_CALLS, calling(CALL), '<call>clock {"zone": "UTC"}</call><|im_end|>'),
+        (TOOL_TEMPLATE, calling(CALL, CALL), 2 * '<call>clock {"zone": "UTC"}</call>' + "<|im_end|>"),
+        (CHAT_TEMPLATE, calling(content="I look."), "I look.<|im_end|>"),  # an empty list of them
+    ],
+)
+def test_calls_are_seen_however_a_template_writes_them(template: str, messages: list[dict], text: str) -> None:
+    chat = with_template(template).render(messages)
+    assert chat.text[slice(*chat.spans[0])] == text
+
+
+@pytest.mark.parametrize("loss_turns", ["all", "last"])
+@pytest.mark.parametrize(
+    "template, messages",
+    [
+        (CHAT_TEMPLATE, calling(CALL)),
+        (CHAT_TEMPLATE, calling(TEXT_CALL)),
+        (CHAT_TEMPLATE, calling(CALL, content="I call clock with UTC.")),
+        (CHAT_TEMPLATE, [{"role": "user", "content": "When?", "tool_calls": [CALL]}, *WITH_TOOLS[2:]]),
+        (FIRST_CALL, calling(CALL, {"function": {"name": "calendar", "arguments": {}}})),
+    ],
+)
+def test_tool_calls_that_the_template_leaves_out(template: str, messages: list[dict], loss_turns: Any) -> None:
+    """The turn would be its end alone, and the student learn to say nothing."""
+    with pytest.raises(DataError, match="the chat template leaves out the tool calls: write them into `content`"):
+        with_template(template, loss_turns=loss_turns).render(messages)
+
+
+def test_tools_that_the_template_leaves_out() -> None:
+    with pytest.raises(DataError, match="the chat template leaves out `tools`: take the column out"):
+        with_template(CHAT_TEMPLATE).render(TURNS, TOOLS)
+    chat = with_template(CHAT_TEMPLATE)
+    assert chat.render(TURNS, []) == chat.render(TURNS)
+
+
+def test_a_turn_without_text_is_its_end(tokenizer) -> None:
+    """Without calls nothing was left out: there the speaker had nothing to say, or had thought and said nothing."""
+    for told in ({"content": ""}, {"content": "", "reasoning_content": "Hm."}):
+        sample = encode(ChatTokenizer(tokenizer), [TURNS[1], {"role": "assistant", **told}])
+        assert said(sample, tokenizer) == "<|im_end|>"
 
 
 def test_roles_that_the_template_does_not_know(tokenizer) -> None:

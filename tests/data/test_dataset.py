@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kdflow.config import DataConfig, DataSource
-from kdflow.data import ChatTokenizer, load_datasets
+from kdflow.data import ChatTokenizer, load_datasets, progress
 from kdflow.data.dataset import tokenize_rows
 from kdflow.data.report import DatasetReport
 from kdflow.data.store import StoreWriter, open_or_write
@@ -92,6 +92,11 @@ def test_no_usable_row(tokenizer) -> None:
         tokenize([{"messages": TURNS[:1]}] * 2, tokenizer)
     with pytest.raises(DataError, match="x holds no rows"):
         tokenize([], tokenizer)
+    rows: list[dict] = [{"train": [], "test": []}, {"messages": []}]
+    with pytest.raises(
+        DataError, match=r"expected a column `messages`, and the columns of the first row are test, train"
+    ):
+        tokenize(rows, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +105,7 @@ def test_no_usable_row(tokenizer) -> None:
         ({"messages": [{"content": "a"}]}, "one of `messages` without `role`"),
         ({"messages": [{"role": 3, "content": "a"}]}, "one of `messages` without `role`"),
         ({"messages": [{"role": "user", "content": None}]}, "neither `content` nor `tool_calls`"),
+        ({"messages": [{"role": "user", "tool_calls": "clock()"}]}, "`tool_calls` of one of `messages` is not a list"),
         (long_row(5), "`content` of one of `messages` is not text"),
         (long_row({"a": 1}), "`content` of one of `messages` is not text"),
         (long_row([{"type": "text", "text": "a"}, {"type": "image"}]), "`content` of one of `messages` is not text"),
@@ -118,6 +124,20 @@ def test_rows_that_cannot_be_used(tokenizer, row: dict, reason: str) -> None:
     ((found, count),) = report.skipped.items()
     assert reason in found
     assert count == 1
+
+
+def test_calls_and_tools_that_are_left_out_are_counted(tokenizer) -> None:
+    """By a template that writes contents alone, as that of SmolLM2 does."""
+    call = {"function": {"name": "clock", "arguments": {}}}
+    calling = {"messages": [*TURNS[:2], {"role": "assistant", "tool_calls": [call]}]}
+    tools = [{"type": "function", "function": {"name": "clock", "description": "The time.", "parameters": {}}}]
+    rows = [long_row("a"), calling, {**calling, "tools": tools}, {"messages": TURNS, "tools": tools}]
+    (sample,), report = tokenize(rows, tokenizer)
+    assert sample.sample_id == 0
+    assert {reason.partition(":")[0]: count for reason, count in report.skipped.items()} == {
+        "the chat template leaves out the tool calls": 2,
+        "the chat template leaves out `tools`": 1,
+    }
 
 
 def test_text_in_parts(tokenizer) -> None:
@@ -220,6 +240,70 @@ def test_rows_of_a_function_are_looked_at_each_time(tokenizer, tmp_path: Path) -
         found.append(load_datasets(config, tokenizer, 0)[0])
     assert [len(data.samples) for data in found] == [1, 2, 1]
     assert found[0].digests == found[2].digests
+
+
+ROWS = """
+def rows():
+    for text in {texts}:
+        yield {{"messages": [{{"role": "user", "content": text}}, {{"role": "assistant", "content": "So."}}]}}
+"""
+
+
+@pytest.mark.parametrize("own_source", [False, True])
+def test_another_process_takes_the_stores_of_the_first(tokenizer, tmp_path: Path, own_source: bool) -> None:
+    """As ranks do: by then a function may yield other rows, and a file have changed."""
+    module, file = tmp_path / "rows.py", tmp_path / "a.jsonl"
+    write(file, list("abcd"))
+    module.write_text(ROWS.format(texts="'abcd'"))
+    config = DataConfig(
+        [str(file), f"{module}:rows"],
+        eval=f"{module}:rows" if own_source else None,
+        num_eval_samples=2,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    first = load_datasets(config, tokenizer, 0)
+    write(file, list("efghi"))
+    module.write_text(ROWS.format(texts="'ef'"))
+    stores = first[0].stores | (first[1].stores if first[1] else {})
+    second = load_datasets(config, tokenizer, 0, stores=stores)
+    for mine, others in zip(first, second, strict=True):
+        assert mine is not None
+        assert others is not None
+        assert mine.digests == others.digests
+        assert all(same(a, b) for a, b in zip(mine.samples, others.samples, strict=True))
+    changed = load_datasets(config, tokenizer, 0)[0]
+    assert not changed.digests.items() & first[0].digests.items()
+    gone = dict.fromkeys(stores, tmp_path / "gone")
+    with pytest.raises(DataError, match=r"the token store .*gone is gone; start again"):
+        load_datasets(config, tokenizer, 0, stores=gone)
+
+
+def test_a_function_that_yields_other_rows_each_time(tokenizer, tmp_path: Path) -> None:
+    module, cache = tmp_path / "rows.py", tmp_path / "cache"
+    module.write_text(f"import random{ROWS.format(texts='[str(random.random()) for _ in range(5)]')}")
+    config = DataConfig(f"{module}:rows", num_eval_samples=0, cache_dir=str(cache))
+    with pytest.raises(DataError, match=r"rows\.py:rows: called twice, it gave other rows the second time.*a seed"):
+        load_datasets(config, tokenizer, 0)
+    assert not list(cache.iterdir())
+    module.write_text(module.read_text().replace("random.random()", "random.Random(3).random()"))
+    assert len(load_datasets(config, tokenizer, 0)[0].samples) == 5
+
+
+def test_it_is_told_what_is_tokenised_and_how_far_it_is(
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, cache, said = write(tmp_path / "a.jsonl", ["a", "b", "c"]), tmp_path / "cache", []
+    config = DataConfig(name, num_eval_samples=0, cache_dir=str(cache))
+    monkeypatch.setattr(progress, "SAY_EVERY_S", 0.0)
+    load_datasets(config, tokenizer, 0, say=said.append)
+    assert said[0] == f"data: {name} is tokenised, once: its tokens are kept in {cache}"
+    assert [text.partition(" rows so far, ")[0] for text in said[1:]] == [f"data: {name}: {n}" for n in (1, 2, 3)]
+    load_datasets(config, tokenizer, 0, say=said.append)
+    assert len(said) == 4, "the tokens were there"
+    write(tmp_path / "a.jsonl", ["d"])
+    monkeypatch.undo()
+    load_datasets(config, tokenizer, 0, say=said.append)
+    assert len(said) == 5, "what is quick is not told of twice"
 
 
 def test_cache_that_cannot_be_written(tokenizer, tmp_path: Path) -> None:

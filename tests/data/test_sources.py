@@ -36,6 +36,16 @@ def test_compressed_lines_and_arrays(tmp_path: Path) -> None:
     assert read(str(tmp_path)) == 4 * ROWS
 
 
+def test_byte_order_marks(tmp_path: Path) -> None:
+    """As programs of Windows write them."""
+    lines, array = "\r\n".join(json.dumps(r) for r in ROWS), json.dumps(ROWS)
+    (tmp_path / "a.jsonl").write_bytes(lines.encode("utf-8-sig"))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode("utf-8-sig")))
+    (tmp_path / "c.json").write_bytes(array.encode("utf-8-sig"))
+    (tmp_path / "d.json").write_bytes(lines.encode("utf-8-sig"))
+    assert read(str(tmp_path)) == 4 * ROWS
+
+
 def test_rows_are_read_one_after_another(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n{bad\n", encoding="utf-8")
@@ -65,6 +75,13 @@ def test_module_that_is_looked_up_while_it_loads(tmp_path: Path) -> None:
     assert "rows" not in sys.modules, "it takes no name that others may have"
 
 
+def test_rows_of_a_function_that_json_cannot_hold(tmp_path: Path) -> None:
+    path = tmp_path / "rows.py"
+    path.write_text("def rows():\n    yield {1: 2, 'messages': []}\n")
+    with pytest.raises(DataError, match="rows: expected rows as JSON can hold them, got one with: '<' not supported"):
+        open_source(f"{path}:rows").fingerprint()
+
+
 def test_parquet_and_folder(tmp_path: Path) -> None:
     import datasets
 
@@ -82,11 +99,16 @@ def test_parquet_and_folder(tmp_path: Path) -> None:
         ("a.jsonl", "[1]\n", ":1: expected an object"),
         ("a.txt", "x", "expected .jsonl"),
         ("a.json", "[{]", "not JSON"),
+        ("a.json", json.dumps({"train": ROWS}, indent=1), ":1: not JSON.* expected a row on each line, or in a .json"),
+        ("a.jsonl", f"{'[' * 99999}\n", ":1: not JSON: maximum recursion depth"),
+        ("a.jsonl", f"{'1' * 9999}\n", ":1: not JSON: Exceeds the limit"),
+        ("a.JSONL", "{}", "a.JSONL: expected .jsonl, .jsonl.gz, .json, .parquet, a folder"),
         ("a.json", "[1]", "row 1: expected an object"),
         ("a.jsonl.gz", "x", "not a whole gzip file"),
         ("a.parquet", "x", "not a whole Parquet file"),
         ("a.jsonl", "\udcff", "not UTF-8"),
         ("a.py:rows", "def other():\n    return []\n", r"no function 'rows' \(it has: other\)"),
+        ("a.py:rows", "def rows():\n    [{}]\n", "expected an iterable of rows, got None; does it return them"),
         ("b.py:rows", None, "no file"),
     ],
 )

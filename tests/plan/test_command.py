@@ -132,6 +132,74 @@ def test_several_teachers_are_all_counted(run_config, tiny: Path, tmp_path: Path
         assert part in text.getvalue()
 
 
+@pytest.mark.parametrize("schedule", ["overlap", "colocate"])
+def test_a_run_without_a_teacher_is_one_of_students_alone(run_config, tiny: Path, schedule: str) -> None:
+    options = {"student__num_ranks": 2, "training__samples_per_step": 8, "transport__schedule": schedule}
+    taught = make(run_config(**options))
+    alone = make(run_config(algorithm__name="sft", teacher__model="", **options))
+    ignored = make(run_config(algorithm__name="sft", teacher__num_workers=3, **options))
+    assert (alone.machine.num_devices, taught.machine.num_devices) == (2, 3)
+    assert (alone.teachers, alone.teacher_memory, alone.outcome.busy) == ({}, {}, {})
+    left = {part: size for part, size in alone.student_memory.parts.items() if size}
+    assert not {"ring", "teachers' heads"} & set(left)
+    assert set(alone.step_s) == {f"student: {part}" for part in ("forward", "loss", "backward", "optimizer")}
+    assert alone.step_s["student: loss"] < taught.step_s["student: loss"]
+    for part in ("forward", "backward", "optimizer"):
+        assert alone.step_s[f"student: {part}"] == taught.step_s[f"student: {part}"]
+    steps = alone.outcome.step_seconds
+    assert steps == pytest.approx([sum(alone.step_s.values())] * len(steps))
+    assert alone.outcome.wait == 0.0
+    assert alone.needed_bytes == alone.student_memory.total
+    assert not alone.sharing
+    assert alone.bottleneck.startswith("students, who learn from text alone; ")
+    # A teacher that the run would not start makes no difference.
+    assert (ignored.outcome, ignored.needed_bytes, ignored.machine) == (
+        alone.outcome,
+        alone.needed_bytes,
+        alone.machine,
+    )
+    text = StringIO()
+    print_plan(alone, Console(file=text, width=200))
+    assert "teacher" not in text.getvalue()
+    assert "students alone, of" in text.getvalue()
+    assert re.search(r"busy +students \d+%\n", text.getvalue())
+    shared = make(run_config(algorithm__name="sft", **options), num_gpus=1)
+    assert shared.needed_bytes == 2 * shared.student_memory.total
+
+
+def test_the_command_plans_runs_without_a_teacher(run_config, tiny: Path, tmp_path: Path) -> None:
+    config = run_config(algorithm__name="sft", teacher__model="", data__cache_dir=tmp_path / "cache")
+    result = plan(config, tmp_path / "run.yaml", "--rates", "H100")
+    assert result.returncode == 0, result.stderr
+    assert "students, who learn from text alone" in result.stdout
+    source = tiny / "conversations.jsonl"
+    assert result.stderr == f"data: {source} is tokenised, once: its tokens are kept in {tmp_path / 'cache'}\n"
+    again = plan(config, tmp_path / "run.yaml", "--rates", "H100")
+    assert (again.stdout, again.stderr) == (result.stdout, "")
+
+
+def test_teachers_that_a_plan_refuses(run_config, tiny: Path, tmp_path: Path) -> None:
+    def told(**options: object) -> str:
+        result = plan(run_config(**options), tmp_path / "run.yaml", "--rates", "H100", "--tokens_per_sample", "64")
+        return result.stderr if result.returncode else "planned"
+
+    assert "teacher.model: algorithm vanilla learns from a teacher, and none is given" in told(teacher__model="")
+    base = {"teacher__model": "", "teacher__backend": "base", "student__lora__rank": 4}
+    assert "teacher.backend: base has no process of its own" in told(**base)
+    assert told(algorithm__name="sft", **base) == "planned"
+
+
+def test_several_teachers_of_a_run_that_asks_none(run_config, tiny: Path) -> None:
+    """Samples still name theirs, and are packed by it."""
+    teachers = {name: {"model": str(tiny / "teacher")} for name in ("math", "code")}
+    sources = [{"source": name, "teacher": name} for name in teachers]
+    options = {"teachers": json.dumps(teachers), "data__train": json.dumps(sources), "training__samples_per_step": 8}
+    found = make(run_config(algorithm__name="sft", **options))
+    assert {p.teacher_name for step in found.workload.steps for ranks in step for p in ranks} == {"math", "code"}
+    assert found.machine.num_devices == 1
+    assert found.outcome.busy == {}
+
+
 def test_the_largest_budget_is_the_last_that_fits(run_config) -> None:
     config = run_config(training__samples_per_step=8)
     found = make(config, SMALL_GPU)

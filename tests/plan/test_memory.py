@@ -17,7 +17,7 @@ STUDENT = replace(shape_of(LLAMA, "student"), vocab_size=16384, hidden_size=128)
 TEACHER = replace(shape_of(LLAMA, "teacher"), vocab_size=16384, hidden_size=192)
 
 
-def real_loss(num_rows: int, dtype: torch.dtype, backend: str) -> LiveBytes:
+def real_loss(num_rows: int, dtype: torch.dtype, backend: str, *, with_teacher: bool = True) -> LiveBytes:
     student, head, teacher, teacher_head = (
         torch.randn(rows, columns).to(dtype)
         for rows, columns in (
@@ -30,9 +30,16 @@ def real_loss(num_rows: int, dtype: torch.dtype, backend: str) -> LiveBytes:
     student.requires_grad_()
     head.requires_grad_()
     live = LiveBytes()
-    live.watch(student, head, teacher, teacher_head)
+    labels = torch.arange(num_rows)
+    live.watch(student, head, teacher, teacher_head, labels)
     with live:
-        fused_kd_loss(student, head, teacher, teacher_head, backend=backend).loss.backward()
+        if with_teacher:
+            output = fused_kd_loss(student, head, teacher, teacher_head, backend=backend)
+        else:  # as algorithm sft calls it
+            output = fused_kd_loss(
+                student, head, None, None, shift_labels=labels, kd_weight=0.0, ce_weight=1.0, backend=backend
+            )
+        output.loss.backward()
     return live
 
 
@@ -42,9 +49,10 @@ ROW_STEP_BYTES = 8 * 2**20  # a thread, where the native row step is not built
 # In the weight's gradient altogether; partly beside it; in several groups.
 @pytest.mark.parametrize("num_rows", [96, 400, 1500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_torch_backends_buffers(num_rows: int, dtype: torch.dtype) -> None:
-    live = real_loss(num_rows, dtype, "torch")
-    found = loss_memory(STUDENT, TEACHER, num_rows, item=dtype.itemsize, on_gpu=False)
+@pytest.mark.parametrize("teacher", [TEACHER, None])
+def test_the_torch_backends_buffers(num_rows: int, dtype: torch.dtype, teacher: ModelShape | None) -> None:
+    live = real_loss(num_rows, dtype, "torch", with_teacher=teacher is not None)
+    found = loss_memory(STUDENT, teacher, num_rows, item=dtype.itemsize, on_gpu=False)
     total = found.scratch + found.gradients
     assert 0.9 * total < live.peak < 1.1 * total + ROW_STEP_BYTES * torch.get_num_threads()
     assert found.gradients > STUDENT.head_params * dtype.itemsize
@@ -52,12 +60,15 @@ def test_the_torch_backends_buffers(num_rows: int, dtype: torch.dtype) -> None:
 
 # One group, and three. (Where their sum is in fp32, a CPU makes copies that a GPU does not.)
 @pytest.mark.parametrize("most_rows", [2**20, 128])
-def test_the_triton_backends_buffers(most_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("teacher", [TEACHER, None])
+def test_the_triton_backends_buffers(
+    most_rows: int, teacher: ModelShape | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(triton_backend, "LOGITS_BYTES", most_rows * 2 * STUDENT.vocab_size)
     monkeypatch.setattr(triton_backend, "CHUNK_ROWS", 64)
-    live = real_loss(288, torch.bfloat16, "triton")
-    found = loss_memory(STUDENT, TEACHER, 288, item=2, on_gpu=True)
+    live = real_loss(288, torch.bfloat16, "triton", with_teacher=teacher is not None)
+    found = loss_memory(STUDENT, teacher, 288, item=2, on_gpu=True)
     assert found.scratch + found.gradients == pytest.approx(live.peak, rel=0.06)
 
 

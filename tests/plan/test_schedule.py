@@ -86,6 +86,15 @@ def test_a_long_way_needs_slots() -> None:
     assert few.step_seconds[-1] > 2 * many.step_seconds[-1]
 
 
+@pytest.mark.parametrize("num_slots", [1, 4])
+def test_students_without_a_teacher_never_wait(num_slots: int) -> None:
+    quick, slow = (Costs(0.0, 0.0, s / 4, s / 4, s / 2, teacher=None) for s in (2.0, 3.0))
+    found = simulate(Schedule([[[quick, slow]] * 2] * 10, 0.5, (0, 1), {}, num_slots), warm_up_steps=2)
+    assert found.step_seconds == pytest.approx([2 * 3.0 + 0.5] * 8)
+    assert found.student_busy == pytest.approx((5.0 / 6.0 * 6.0 + 0.5) / 6.5)
+    assert (found.wait, found.teacher_busy, found.busy) == (0.0, 0.0, {})
+
+
 def test_hundreds_of_devices() -> None:
     found = simulate(
         schedule(1.0, 4.0, num_steps=4, ranks=tuple(range(256)), teachers=tuple(range(256, 320)), num_slots=4)

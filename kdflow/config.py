@@ -355,6 +355,7 @@ class RunConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        _check("output_dir", repr(self.output_dir), bool(self.output_dir), "a folder")
         at_least = {
             "student.num_ranks": 1,
             "student.num_threads": 0,

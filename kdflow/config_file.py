@@ -6,13 +6,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from kdflow.config import RunConfig
+from kdflow.config import DataSource, RunConfig
 from kdflow.errors import ConfigError
 from kdflow.registry import nearest
 
 _DICT_OPTIONS = ("algorithm.divergence_args", "teacher.engine_args")
+_LIST_OPTIONS = ("data.train", "data.eval")  # of DataSource
 
 
 def option_names(cls: type = RunConfig, prefix: str = "") -> list[str]:
@@ -73,21 +75,36 @@ def _check_file(path: Path, known: Sequence[str]) -> None:
 
     if not path.is_file():
         raise ConfigError(f"config: no file {path}")
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that is there twice, of which YAML would take the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            before = []
+            for item, _ in node.value:
+                key = self.construct_object(item, deep)
+                if key in before:
+                    raise ConfigError(f'{path}, line {item.start_mark.line + 1}: "{key}" is there twice: give it once')
+                before.append(key)
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected options by name, got {type(values).__name__}")
+    items = [f"{option}.{item.name}" for option in _LIST_OPTIONS for item in fields(DataSource)]
     for name in _dotted(values):
-        _reject_unknown(name, known, str(path))
+        _reject_unknown(name, [*known, *items], str(path))
 
 
 def _dotted(values: dict[Any, Any], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
         yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                yield from _dotted(part, f"{prefix}{key}.")
 
 
 def _reject_unknown(name: str, known: Sequence[str], where: str) -> None:
@@ -98,8 +115,11 @@ def _reject_unknown(name: str, known: Sequence[str], where: str) -> None:
 
 
 def _build(cls: type, values: dict[str, Any]) -> Any:
+    """What a file names without saying anything of it keeps its default."""
     hints = get_type_hints(cls)
-    return cls(**{item.name: _value(hints[item.name], values[item.name]) for item in fields(cls)})
+    names = [item.name for item in fields(cls)]
+    given = [name for name in names if values[name] is not None or NoneType in get_args(hints[name])]
+    return cls(**{name: _value(hints[name], values[name]) for name in given})
 
 
 def _value(hint: Any, value: Any) -> Any:

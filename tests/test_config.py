@@ -44,6 +44,15 @@ def test_several_teachers(tmp_path: Path) -> None:
     assert load_config(None, MINIMAL).named_teachers() == {"": TeacherConfig("t")}
 
 
+def test_an_option_without_a_value_keeps_its_default(tmp_path: Path) -> None:
+    text = (
+        "output_dir: o\nteacher:\nstudent: {model: s, lora: , num_ranks: }\ntraining:\ndata: {train: d, loss_roles: }\n"
+    )
+    assert load_config(write(tmp_path, text)) == load_config(
+        None, ["--teacher.model=", *MINIMAL[:1], *MINIMAL[2:3], "--data.train=d"]
+    )
+
+
 def test_lists_grow_by_options() -> None:
     config = load_config(None, [*MINIMAL, "--data.loss_roles=[assistant]", "--data.loss_roles+=tool"])
     assert list(config.data.loss_roles) == ["assistant", "tool"]
@@ -71,6 +80,7 @@ def test_dump_reads_back(tmp_path: Path) -> None:
         (["--optimizer.eps=-1"], "optimizer.eps: expected at least 0"),
         (["--algorithm.chunk_size=0"], "algorithm.chunk_size: expected at least 1, got 0"),
         (["--student.router_aux_loss_coef=-3"], "student.router_aux_loss_coef: expected at least 0"),
+        (["--output_dir="], "output_dir: expected a folder, got ''"),
         (["--seed=-1"], "seed: expected at least 0, got -1"),
         ([f"--seed={2**63}"], "seed: expected less than 2^63"),
         (
@@ -116,6 +126,8 @@ def test_bad_options(options: list[str], message: str) -> None:
     "text, message",
     [
         ("teacher: {modle: t}\n", 'unknown option "teacher.modle"; did you mean "teacher.model"'),
+        ("data: {train: [{source: a, wieght: 2}]}\n", 'option "data.train.wieght"; did you mean "data.train.weight"'),
+        ("seed: 1\nteacher:\n  model: a\n  model: b\n", 'run.yaml, line 4: "model" is there twice: give it once'),
         ("techer: {model: t}\n", 'did you mean "teacher"'),
         ("teachers: {m: {modle: t}}\n", 'unknown option "teachers.m.modle"; did you mean "teacher.model"'),
         ("student: {lora: {rnk: 4}}\n", 'unknown option "student.lora.rnk"; did you mean "student.lora.rank"'),

@@ -22,6 +22,8 @@ class Vanilla:
 
     def __init__(self, config: AlgorithmConfig, *, student: ModelInfo, teacher: ModelInfo | None) -> None:
         assert teacher is not None
+        if config.kd_weight == config.ce_weight == 0.0:
+            raise ConfigError("algorithm: expected kd_weight or ce_weight above 0, got 0 for both; nothing would train")
         self._config = config
         try:
             self._divergence = get_divergence(config.divergence, **config.divergence_args)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import uuid
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from kdflow import errors
 from kdflow.config import RunConfig, TeacherConfig, named
-from kdflow.errors import KdflowError, TransportError
-from kdflow.launcher.prepare import CHECKPOINTS, Prepared, locked_output, open_output, prepare
+from kdflow.errors import TransportError
+from kdflow.launcher.prepare import CHECKPOINTS, Prepared, check_output, locked_output, open_output, prepare
 from kdflow.launcher.rank import RankSpec, Rings, run_rank
+from kdflow.launcher.ranks import run_ranks
+from kdflow.launcher.stop import StopRequest
 from kdflow.launcher.teachers import TeacherProcess, check_teachers, wait_ready
 from kdflow.modeling import hide_progress_bars, resolve_device
 from kdflow.teacher.worker import WorkerSpec
@@ -23,7 +21,12 @@ from kdflow.tracing import FOLDER, merged_timeline
 from kdflow.transport import RequestRing, choose_hidden_ring, create_hidden_ring, create_turn_ring, request_bytes
 
 
-def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
+def _print(text: str) -> None:
+    with suppress(OSError):  # it may go to a file, whose disk is full
+        print(text)
+
+
+def run(config: RunConfig, say: Callable[[str], None] = _print) -> bool:
     """Distils; False where it was stopped before the end (a checkpoint is there then).
 
     Args:
@@ -34,7 +37,9 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
             were ended.
     """
     hide_progress_bars()
-    prepared = prepare(config)
+    check_output(config)
+    prepared = prepare(config, say)
+    stop = StopRequest()
     with ExitStack() as stack:
         stack.enter_context(locked_output(config))
         folder = open_output(config)
@@ -51,17 +56,19 @@ def run(config: RunConfig, say: Callable[[str], None] = print) -> bool:
         if prepared.starts_teachers:
             rings, teachers = _start_teachers(prepared, folder, say, stack)
 
-        def wait_for_teachers() -> None:
+        def begin() -> None:
+            """From now on there is something to be saved."""
             wait_ready(teachers, config.transport.start_timeout_s)
+            stack.enter_context(stop.installed())
 
         num_threads = share_threads(config.student.num_threads, config.student.num_ranks)
-        spec = RankSpec(config, str(folder), num_threads, rings)
+        spec = RankSpec(config, str(folder), num_threads, rings, prepared.stores)
         try:
             if config.student.num_ranks == 1:  # both sides load at the same time
-                finished = run_rank(spec, prepared, before_training=wait_for_teachers)
+                finished = run_rank(spec, prepared, stop_requested=stop, before_training=begin)
             else:
-                wait_for_teachers()
-                finished = _run_ranks(spec)
+                begin()
+                finished = run_ranks(spec, stop)
         except TransportError:
             if teachers:
                 check_teachers(teachers)
@@ -126,44 +133,6 @@ def _start_teachers(
         for index, worker in enumerate(workers)
     ]
     return rings, teachers
-
-
-def _run_ranks(spec: RankSpec) -> bool:
-    """The ranks as processes of their own, under torch elastic."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=spec.config.student.num_ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        start_method="spawn",
-    )
-    os.environ["OMP_NUM_THREADS"] = str(spec.num_threads)
-    for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # they write the failure out before it is told
-    try:
-        return all(elastic_launch(launch, run_rank)(spec).values())
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise _failure_of(rank, failure.message) from error
-
-
-def _failure_of(rank: int, told: Any) -> KdflowError:
-    """Of a rank, as torch elastic tells it: its exception and the traceback as texts, or how it was killed."""
-    who = f"student rank {rank}"
-    if not isinstance(told, dict):
-        return TransportError(f"{who} failed: {told}")
-    name, _, message = told["message"].partition(": ")
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, KdflowError):  # the message says it all
-        return kind(f"{who}: {message}")
-    return TransportError(f"{who} failed: {told['message']}\n{told['extraInfo']['py_callstack']}")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,14 @@ from kdflow.config import RunConfig, TeacherConfig, teacher_option
 from kdflow.config_file import dump_config, load_config
 from kdflow.data import Dataset, load_datasets
 from kdflow.errors import ConfigError
-from kdflow.modeling import load_model_config, load_tokenizer, resolve_device, resolve_dtype
+from kdflow.modeling import (
+    check_decoder,
+    check_positions,
+    load_model_config,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
 from kdflow.observe import check_wandb
 from kdflow.teacher import TEACHERS
 from kdflow.tracing import FOLDER
@@ -24,7 +31,19 @@ CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 # What a run writes into its folder, and so what `overwrite` deletes; the config, by which it is known as a run's, last.
-RUN_ENTRIES = ("metrics.jsonl", "tensorboard", "wandb", CHECKPOINTS, "logs", "model", "exports", FOLDER, CONFIG_FILE)
+RUN_ENTRIES = (
+    "metrics.jsonl",
+    "tensorboard",
+    "wandb",
+    CHECKPOINTS,
+    "logs",
+    "model",
+    "writing-model",
+    "removing-model",
+    "exports",
+    FOLDER,
+    CONFIG_FILE,
+)
 
 
 @dataclass(frozen=True)
@@ -48,18 +67,30 @@ class Prepared:
     slot_bytes: int
 
     @property
+    def stores(self) -> dict[str, Path]:
+        """Of the tokens of both sets, by source."""
+        return {**self.train.stores, **(self.held_out.stores if self.held_out is not None else {})}
+
+    @property
     def starts_teachers(self) -> bool:
         """Whether there are teachers with processes of their own."""
         return self.uses_teacher and not self.config.teacher.is_base
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(
+    config: RunConfig, say: Callable[[str], None] = lambda text: None, stores: Mapping[str, Path] | None = None
+) -> Prepared:
     """Checks names, models, vocabularies and data, and tokenises.
+
+    Args:
+        say: told of what takes long, and of what may not go well.
+        stores: of tokens, by source, where another process has prepared them.
 
     Raises:
         ConfigError, DataError: the first thing that is wrong.
     """
     check_wandb(config.observe)
+    resolve_device(config.student.device)
     teachers = config.named_teachers()
     make_algorithm = ALGORITHMS.get(config.algorithm.name)
     uses_teacher = make_algorithm.uses_teacher
@@ -73,7 +104,9 @@ def prepare(config: RunConfig) -> Prepared:
             f"teacher.model: algorithm {config.algorithm.name} learns from a teacher, and none is given; name its "
             "folder or hub id (algorithm sft learns from text alone)"
         )
+    started = {name: teacher for name, teacher in teachers.items() if uses_teacher and not teacher.is_base}
     student_tokenizer, student = _model_info(config.student.model)
+    check_decoder(load_model_config(config.student.model), "student.model")
 
     def teacher_info(name: str, teacher: TeacherConfig) -> ModelInfo | None:
         if not uses_teacher:
@@ -86,9 +119,14 @@ def prepare(config: RunConfig) -> Prepared:
     }
     if config.student.vocab_parallel:
         _check_cut_heads(algorithms.values())
-    train, held_out = load_datasets(config.data, student_tokenizer, config.seed, tuple(teachers))
-    started = [teacher for teacher in teachers.values() if uses_teacher and not teacher.is_base]
-    row_bytes = max(map(_row_bytes, started), default=0)
+    for model in dict.fromkeys([config.student.model, *(teacher.model for teacher in started.values())]):
+        warning = check_positions(load_model_config(model), config.data.max_length, f"{model}: data.max_length")
+        if warning is not None:
+            say(f"warning: {warning}")
+    train, held_out = load_datasets(
+        config.data, student_tokenizer, config.seed, tuple(teachers), say=say, stores=stores
+    )
+    row_bytes = max(map(_row_bytes, started.values()), default=0)
     return Prepared(
         config=config,
         algorithms=algorithms,
@@ -119,6 +157,8 @@ def _teacher_info(name: str, teacher: TeacherConfig) -> ModelInfo:
         info = _model_info(teacher.model)[1]
     except ConfigError as error:
         raise ConfigError(f"{teacher_option(name)}: {error}") from None
+    if teacher.backend == "hf":
+        check_decoder(load_model_config(teacher.model), f"{teacher_option(name)}.model")
     return replace(info, name=f"{name} ({info.name})" if name else info.name)
 
 
@@ -133,11 +173,15 @@ def locked_output(config: RunConfig) -> Iterator[None]:
     """Makes the output folder and keeps it for this process; the kernel lets go of it when the process is gone.
 
     Raises:
-        ConfigError: another run is writing there.
+        ConfigError: another run is writing there, or the folder cannot be made.
     """
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("a")
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder} cannot be written ({error}); choose another folder") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -149,42 +193,75 @@ def locked_output(config: RunConfig) -> Iterator[None]:
         yield
 
 
-def open_output(config: RunConfig) -> Path:
-    """Makes the output folder. A new run's config is written into it, that of a resumed one once its checkpoint fits.
-
+def check_output(config: RunConfig) -> None:
+    """
     Raises:
-        ConfigError: it holds a run and neither `resume` nor `overwrite` is set, or `resume` is
-            and the run there is another one.
+        ConfigError: the folder holds a run and neither `resume` nor `overwrite` is set; or `resume` is and the run
+            there is another one; or `overwrite` is and would delete what the run reads.
     """
     folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir: expected a folder, got the file {folder}; choose another name")
     old = folder / CONFIG_FILE
-    holds_run = old.is_file() or (folder / CHECKPOINTS).is_dir()
     if config.resume:
         if not old.is_file():
             raise ConfigError(f"resume: {folder} holds no run with a {CONFIG_FILE}; start without --resume")
         _check_same_run(load_config(old), config, folder)
-    elif holds_run and not config.overwrite:
+    elif _holds_run(folder) and not config.overwrite:
         raise ConfigError(
             f"output_dir: {folder} holds a run; add --resume=true to go on with it, "
             "--overwrite=true to replace it, or choose another folder"
         )
-    elif holds_run:
+    elif _holds_run(folder):
+        _check_kept(config, folder)
+
+
+def open_output(config: RunConfig) -> Path:
+    """Makes the output folder, without the run that it holds where that is to be overwritten.
+
+    Raises:
+        ConfigError: as `check_output`.
+    """
+    check_output(config)
+    folder = Path(config.output_dir)
+    if _holds_run(folder) and not config.resume:
         for name in RUN_ENTRIES:
             path = folder / name
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    if not config.resume:
-        write_config(config, folder)
     return folder
 
 
+def _holds_run(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() or (folder / CHECKPOINTS).is_dir()
+
+
+def _check_kept(config: RunConfig, folder: Path) -> None:
+    """That nothing of what the run reads is deleted first."""
+    given = {"student.model": [config.student.model], "data.cache_dir": [config.data.cache_dir or ""]}
+    given |= {f"{teacher_option(name)}.model": [teacher.model] for name, teacher in config.named_teachers().items()}
+    given["data.train"] = [item.source for item in config.data.train_sources()]
+    given["data.eval"] = [item.source for item in config.data.eval_sources()]
+    deleted = [root / name for root in (folder.absolute(), folder.resolve()) for name in RUN_ENTRIES]
+    for option, values in given.items():
+        for value in filter(None, values):
+            path = Path(value.split(":")[0]).expanduser()
+            # Of what lies behind a link only the link would be deleted.
+            names = (path.absolute(), path.resolve())
+            if path.exists() and any(name.is_relative_to(entry) for name in names for entry in deleted):
+                raise ConfigError(
+                    f"overwrite: {option} is {value}, which lies in what would be deleted of {folder}; move it away, "
+                    "or choose another output_dir"
+                )
+
+
 def write_config(config: RunConfig, folder: Path) -> None:
-    """The resolved config of the run in this folder, whole or not at all."""
+    """The resolved config of the run in this folder, whole or not at all; how it was started is no part of it."""
     aside = folder / f"{CONFIG_FILE}.writing"
-    aside.write_text(dump_config(config), encoding="utf-8")
+    aside.write_text(dump_config(replace(config, resume=False, overwrite=False)), encoding="utf-8")
     aside.rename(folder / CONFIG_FILE)
 
 

@@ -1,21 +1,20 @@
-"""One student rank: in the launcher's own process, or one of several under torch elastic."""
+"""One student rank: in the launcher's own process, or one of several in processes of their own."""
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch.distributed import HashStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from kdflow.config import RunConfig, TeacherConfig, named
+from kdflow.errors import ConfigError
 from kdflow.launcher.prepare import CHECKPOINTS, Prepared, prepare, write_config
 from kdflow.modeling import hide_progress_bars, load_lm_head, resolve_device, resolve_dtype
 from kdflow.observe import Progress, Recorder, WandbRecorder
@@ -51,78 +50,77 @@ class RankSpec:
         folder: of the run.
         num_threads: CPU threads of each rank.
         rings: none where the algorithm uses no teacher.
+        stores: of tokens, by source, that the launcher prepared.
     """
 
     config: RunConfig
     folder: str
     num_threads: int
     rings: Rings | None
+    stores: dict[str, Path] | None = None
 
 
-class StopRequest:
-    """Ctrl-C and SIGTERM ask once for a stop after the step; the second Ctrl-C interrupts."""
+@dataclass(frozen=True)
+class Place:
+    """Of one rank among several.
 
-    def __init__(self) -> None:
-        self._asked = False
+    Attributes:
+        rank: its number, and that of its GPU.
+        port: of the store on this node where they meet.
+    """
 
-    def __call__(self) -> bool:
-        return self._asked
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-
-    @contextmanager
-    def installed(self) -> Iterator[StopRequest]:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(n, self._on_signal) for n in numbers]
-        try:
-            yield self
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
+    rank: int
+    num_ranks: int
+    port: int
 
 
 @contextmanager
-def process_group(device: torch.device, timeout_s: float) -> Iterator[int]:
-    """Joins the ranks that torch elastic started, or makes a group of one; gives the rank."""
+def process_group(device: torch.device, timeout_s: float, place: Place | None = None) -> Iterator[int]:
+    """Joins the other ranks, or makes a group of one; gives the rank."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+    if place is None:
+        rank, num_ranks, store = 0, 1, HashStore()
     else:
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+        rank, num_ranks = place.rank, place.num_ranks
+        store = TCPStore("127.0.0.1", place.port, is_master=False, timeout=timeout)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=num_ranks)
     try:
-        yield dist.get_rank()
+        yield rank
     finally:
         dist.destroy_process_group()
 
 
 def run_rank(
-    spec: RankSpec, prepared: Prepared | None = None, *, before_training: Callable[[], None] = lambda: None
+    spec: RankSpec,
+    prepared: Prepared | None = None,
+    *,
+    place: Place | None = None,
+    stop_requested: Callable[[], bool],
+    before_training: Callable[[], None] = lambda: None,
 ) -> bool:
     """Trains, saves and exports; False where it was asked to stop before the end.
 
     Args:
         prepared: of the launcher, where the rank lives in its process; prepared here otherwise.
+        place: among several; none where it is the only one.
+        stop_requested: asked after each step.
         before_training: called once the student is loaded.
     """
     config, folder = spec.config, Path(spec.folder)
     torch.set_num_threads(spec.num_threads)
     hide_progress_bars()
-    device = resolve_device(config.student.device, int(os.environ.get("LOCAL_RANK", "0")))
+    device = resolve_device(config.student.device, place.rank if place else 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if prepared is None:
-        prepared = prepare(config)
+        prepared = prepare(config, stores=spec.stores)
     torch.manual_seed(config.seed)
     with ExitStack() as stack:
-        rank = stack.enter_context(process_group(device, config.transport.timeout_s))
+        rank = stack.enter_context(process_group(device, config.transport.timeout_s, place))
         # Of ranks that share their microbatches the first alone asks the teacher.
-        data_rank, place = divmod(rank, config.student.context_parallel)
-        rings = spec.rings if place == 0 else None
+        data_rank, part = divmod(rank, config.student.context_parallel)
+        rings = spec.rings if part == 0 else None
         student = _load_student(prepared, device)
         checkpoints = CheckpointStore(
             folder / CHECKPOINTS,
@@ -135,10 +133,15 @@ def run_rank(
         stack.callback(checkpoints.close)
         seed_random_state(config.seed, 0, rank)
         found = checkpoints.load() if config.resume else None
-        if config.resume and rank == 0:  # only now is it known that checkpoint and config go together
-            write_config(config, folder)
         num_steps_done = found.num_steps_done if found else 0
+        if num_steps_done > config.training.num_steps:
+            raise ConfigError(
+                f"resume: the checkpoint is of step {num_steps_done}, and training.num_steps is "
+                f"{config.training.num_steps}; give at least as many"
+            )
         before_training()
+        if rank == 0:  # only now is it known that models, checkpoint and config go together
+            write_config(config, folder)
         trace = stack.enter_context(open_trace(config.profile, folder, "student", rank, device, host_is_ahead=True))
         trainer = Trainer(
             student,
@@ -147,7 +150,7 @@ def run_rank(
             observers=_observers(config, folder, num_steps_done, stack) if rank == 0 else [],
             checkpoints=checkpoints,
             max_skipped_steps=config.training.max_skipped_steps,
-            stop_requested=stack.enter_context(StopRequest().installed()),
+            stop_requested=stop_requested,
             trace=trace,
         )
         finished = trainer.run(
@@ -224,20 +227,22 @@ def _attach(rings: Rings, config: RunConfig, rank: int, device: torch.device, st
 
 
 def _observers(config: RunConfig, folder: Path, num_steps_done: int, stack: ExitStack) -> list[Observer]:
-    recorder = Recorder(folder, first_step=num_steps_done)
     progress = Progress(
         config.training.num_steps,
         first_step=num_steps_done,
         log_every=config.training.log_every,
         console=Console(),
     )
-    stack.callback(recorder.close)
     stack.callback(progress.close)
+    recorder = Recorder(folder, first_step=num_steps_done, say=progress.on_warning)
+    stack.callback(recorder.close)
     observers: list[Observer] = [recorder, progress]
     observe = config.observe
     if observe.wandb_project is not None:
         name = observe.wandb_name or folder.resolve().name
-        board = WandbRecorder(folder, project=observe.wandb_project, name=name, options=asdict(config))
+        board = WandbRecorder(
+            folder, project=observe.wandb_project, name=name, options=asdict(config), say=progress.on_warning
+        )
         stack.callback(board.close)
         observers.append(board)
     return observers

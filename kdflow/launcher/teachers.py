@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from kdflow.errors import TeacherDied, TeacherTimeout
+from kdflow.launcher.environment import child_environment
 from kdflow.teacher.worker import ENGINE_DIED, WorkerSpec
 from kdflow.transport import Seats
 
@@ -56,7 +57,7 @@ class TeacherProcess:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     pass_fds=(write_fd,),
-                    env={**os.environ, "OMP_NUM_THREADS": str(self._spec.num_threads)},
+                    env=child_environment(self._spec.num_threads),
                 )
         except OSError:
             os.close(ready_fd)
@@ -191,7 +192,7 @@ def wait_ready(teachers: Sequence[TeacherProcess], timeout_s: float) -> None:
                 teacher.check()
         if loading and time.monotonic() > deadline:
             raise TeacherTimeout(
-                f"teacher process {loading[0].pid} did not load within {timeout_s:.0f} s; raise "
+                f"teacher process {loading[0].pid} did not load within {timeout_s:g} s; raise "
                 f"transport.start_timeout_s, or look at {loading[0].last_lines()}"
             )
 

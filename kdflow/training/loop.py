@@ -101,7 +101,7 @@ class Trainer:
         observers: told of metrics, on every rank.
         checkpoints: told when to save.
         max_skipped_steps: how many steps of the run may be dropped because their numbers are not finite.
-        stop_requested: asked after each step; any rank's yes stops all.
+        stop_requested: asked after each step and evaluation; any rank's yes stops all.
         trace: gets the phases of each step.
     """
 
@@ -148,7 +148,9 @@ class Trainer:
                 self._warn(warning)
             if isinstance(item, Evaluation):
                 with self._trace.span("eval"):
-                    score = self._evaluate(item, rows)
+                    score, stopped = self._evaluate(item, rows)
+                if stopped:
+                    return self._stop(item.num_steps_done, score)
             elif isinstance(item, Save):
                 if item.due or (score is not None and self._checkpoints.is_best(score)):
                     self._save(item.num_steps_done, score)
@@ -158,11 +160,14 @@ class Trainer:
                     stopped = self._train(item, rows)
                 self._trace.end_of_step()
                 if stopped:
-                    self._save(item.index + 1)
-                    self._checkpoints.wait()
-                    return False
+                    return self._stop(item.index + 1)
         self._checkpoints.wait()
         return True
+
+    def _stop(self, num_steps_done: int, score: float | None = None) -> bool:
+        self._save(num_steps_done, score)
+        self._checkpoints.wait()
+        return False
 
     def _save(self, num_steps_done: int, score: float | None = None) -> None:
         with self._trace.span("save"):
@@ -269,8 +274,8 @@ class Trainer:
         self._num_skipped += 1
         self._warn(f"{what}. Skipped, {self._num_skipped} of at most {self._max_skipped_steps}")
 
-    def _evaluate(self, evaluation: Evaluation, rows: Iterator[HiddenRows]) -> float:
-        """Its score: lower is better."""
+    def _evaluate(self, evaluation: Evaluation, rows: Iterator[HiddenRows]) -> tuple[float, bool]:
+        """Its score, lower is better, and whether to stop."""
         totals = Totals(self._device, evaluation.loss_tokens)
         for microbatch in evaluation.microbatches:
             with self._next(rows, microbatch) as pending:
@@ -278,7 +283,7 @@ class Trainer:
                 output = self._student.evaluate(microbatch, received, num_items=evaluation.num_loss_tokens)
                 self._release(pending, "metrics")
                 totals.add(output, microbatch, prefill_s=pending.prefill_s)
-        means = totals.reduce(loss_scale=1.0)
+        means = totals.reduce(loss_scale=1.0, stop=self._stop_requested())
         ce_loss = means.values["ce_loss"]
         metrics = EvalMetrics(
             step=evaluation.num_steps_done,
@@ -292,4 +297,4 @@ class Trainer:
         )
         for observer in self._observers:
             observer.on_eval(metrics)
-        return metrics.score
+        return metrics.score, means.stop

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, LlamaForCausalLM, Qwen3NextConfig
 
+from kdflow.config_file import load_config
 from kdflow.errors import ConfigError, DataError
 from kdflow.launcher.local import list_workers, run
-from kdflow.launcher.prepare import RUN_ENTRIES, locked_output, open_output, prepare
+from kdflow.launcher.prepare import RUN_ENTRIES, locked_output, open_output, prepare, write_config
 from support.tiny import make_config, make_tokenizer
 
 
@@ -38,6 +40,7 @@ def test_prepared(run_config) -> None:
         ({"algorithm__name": "vanila"}, ConfigError, 'did you mean "vanilla"'),
         ({"algorithm__divergence": "fkl"}, ConfigError, "forward_kl"),
         ({"algorithm__divergence": "jsd", "algorithm__divergence_args": "{beta: 2}"}, ConfigError, "beta"),
+        ({"algorithm__kd_weight": 0}, ConfigError, "expected kd_weight or ce_weight above 0, got 0 for both"),
         ({"algorithm__divergence_args": "{bta: 1}"}, ConfigError, "bta"),
         ({"algorithm__divergence": "top1_ce", "student__vocab_parallel": "true"}, ConfigError, "needs whole rows"),
         ({"teacher__model": "/nowhere"}, ConfigError, "/nowhere is no folder"),
@@ -66,14 +69,31 @@ def test_rows_without_assistant_turns(run_config, tmp_path: Path) -> None:
 
 
 def test_different_vocabularies(run_config, tiny: Path, tmp_path: Path) -> None:
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(tiny / "teacher", other)
     make_tokenizer("quite another text " * 30).save_pretrained(other)
     with pytest.raises(ConfigError, match="have different vocabularies") as error:
         prepare(run_config(teacher__model=other))
     assert "choose models of one tokenizer" in str(error.value)
+
+
+def test_models_that_do_not_fit_packed_samples(run_config, tiny: Path, tmp_path: Path) -> None:
+    """In length, or in kind; told of before anything is tokenised or loaded."""
+    said: list[str] = []
+    prepare(run_config(data__max_length=200), said.append)
+    assert not any("positions" in text for text in said)
+    prepare(run_config(data__max_length=3000, training__tokens_per_microbatch=3000), said.append)
+    warnings = [text for text in said if "positions" in text]
+    for model, warning in zip(("student", "teacher"), warnings, strict=True):
+        assert warning.startswith(f"warning: {tiny / model}: data.max_length: 3000 tokens, and llama was made for 2048")
+    table, stateful = tmp_path / "table", tmp_path / "stateful"
+    for folder, config in ((table, GPT2Config(n_positions=100)), (stateful, Qwen3NextConfig())):
+        shutil.copytree(tiny / "student", folder)
+        config.save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"table: data\.max_length: got 128, but gpt2 has a table of 100 positions"):
+        prepare(run_config(teacher__model=table))
+    with pytest.raises(ConfigError, match=r"student\.model: .* has layers of linear_attention"):
+        prepare(run_config(student__model=stateful))
 
 
 def test_several_teachers(run_config, tiny: Path, tmp_path: Path) -> None:
@@ -103,6 +123,8 @@ def test_several_teachers(run_config, tiny: Path, tmp_path: Path) -> None:
 def test_output_folder(run_config, tmp_path: Path) -> None:
     config = run_config()
     folder = open_output(config)
+    open_output(config)  # so far nothing has been trained there
+    write_config(config, folder)
     (folder / "metrics.jsonl").write_text("{}\n")
     (folder / "mine.txt").write_text("keep")
     with pytest.raises(ConfigError, match="holds a run; add --resume=true"):
@@ -124,6 +146,7 @@ def test_output_folder(run_config, tmp_path: Path) -> None:
 def test_an_overwrite_that_is_cut_short_is_gone_on_with(run_config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever entry it came to; and checkpoints without a config are nobody's to write beside."""
     folder = open_output(run_config())
+    write_config(run_config(), folder)
     for name in set(RUN_ENTRIES) - {"config.yaml", "metrics.jsonl"}:
         (folder / name).mkdir(exist_ok=True)
     kept = {p.name for p in folder.iterdir()}
@@ -140,13 +163,49 @@ def test_an_overwrite_that_is_cut_short_is_gone_on_with(run_config, monkeypatch:
     with pytest.raises(ConfigError, match="holds a run"):
         open_output(run_config())
     open_output(run_config(overwrite="true"))
-    assert {p.name for p in folder.iterdir()} == {"config.yaml", "logs"}
+    assert {p.name for p in folder.iterdir()} == {"logs"}
+
+
+def test_an_overwrite_keeps_what_the_run_reads(run_config, tiny: Path) -> None:
+    folder = open_output(run_config())
+    write_config(run_config(), folder)
+    shutil.copytree(tiny / "student", folder / "model")
+    data = jsonl(folder / "logs" / "data.jsonl", [ANSWERED] * 8)
+    (folder / "exports").symlink_to(tiny / "teacher")
+    for option, value in (
+        ("student.model", folder / "model"),
+        ("teacher.model", folder / "exports"),
+        ("data.train", data),
+        ("data.cache_dir", folder / "logs"),
+    ):
+        config = run_config(overwrite="true", **{option.replace(".", "__"): value})
+        with pytest.raises(ConfigError, match=rf"overwrite: {option} is {value}, which lies in what would be deleted"):
+            open_output(config)
+    assert data.is_file()
+    open_output(run_config(overwrite="true"))
+    assert {p.name for p in folder.iterdir()} == {"logs"}
+    assert (tiny / "teacher" / "config.json").is_file(), "a link is deleted, not what it leads to"
+
+
+def test_an_output_folder_that_cannot_be(run_config, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "file", [])
+    with pytest.raises(ConfigError, match=f"output_dir: expected a folder, got the file {file}"):
+        run(run_config(output_dir=file))
+    with pytest.raises(ConfigError, match=f"output_dir: {file}/run cannot be written"):
+        run(run_config(output_dir=file / "run"))
+
+
+def test_how_a_run_was_started_is_no_part_of_its_config(run_config) -> None:
+    folder = open_output(run_config())
+    for options in ({"overwrite": "true"}, {"resume": "true"}):
+        write_config(run_config(**options), folder)
+        assert load_config(folder / "config.yaml") == run_config()
 
 
 def test_one_run_at_a_time_in_a_folder(run_config) -> None:
     config = run_config()
     with locked_output(config):
-        open_output(config)
+        write_config(config, open_output(config))
         with pytest.raises(ConfigError, match=r"another run is writing to .*; wait for its end, or choose another"):
             run(run_config(overwrite="true"), say=lambda text: None)
         assert Path(config.output_dir, "config.yaml").exists()

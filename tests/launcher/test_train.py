@@ -8,13 +8,17 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kdflow.config import RunConfig
 from kdflow.config_file import load_config
 from support.run import command, metrics_of, train
 
@@ -41,6 +45,26 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except OSError:
         return "Z"
+
+
+@contextmanager
+def started(config: RunConfig, until: str) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process group of its own, once a line of it begins so."""
+    with subprocess.Popen(
+        command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(until):
+                break
+        yield process
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_run_exports_metrics_and_resolved_config(run_config) -> None:
@@ -95,6 +119,15 @@ def test_two_ranks_and_two_teachers_match_one_of_each(run_config, tmp_path: Path
             torch.testing.assert_close(weight, other[name], atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="older ones take modules from where they are started")
+def test_files_beside_the_command_are_no_modules(run_config, tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('not this one')\n")
+    arguments = command(run_config(student__num_ranks=2))[3:]
+    kdflow = Path(sys.executable).with_name("kdflow")
+    result = subprocess.run([kdflow, *arguments], capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
 def test_an_option_that_ranks_refuse_is_told_in_a_line(run_config) -> None:
     result = train(run_config(student__num_ranks=2, student__vocab_parallel=True))
     assert result.returncode == 1
@@ -104,31 +137,47 @@ def test_an_option_that_ranks_refuse_is_told_in_a_line(run_config) -> None:
     )
 
 
-def test_ctrl_c_saves_and_resume_goes_on(run_config, tmp_path: Path) -> None:
-    straight = run_config(output_dir=tmp_path / "straight", training__num_steps=30)
-    assert train(straight).returncode == 0
-    config = run_config(output_dir=tmp_path / "stopped", training__num_steps=30)
-    with subprocess.Popen(
-        command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step 3/"):
-                break
-        started = children(process.pid)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
-        rest = process.stdout.read()
-        assert process.wait(timeout=60) == 130
-    assert started
-    assert not alive(started)
+@pytest.mark.parametrize("num_ranks, to_all", [(1, True), (2, False), (2, True)])
+def test_ctrl_c_saves_and_resume_goes_on(run_config, tmp_path: Path, num_ranks: int, to_all: bool) -> None:
+    """A terminal signals the whole group, others the command alone."""
+    config = run_config(output_dir=tmp_path / "stopped", training__num_steps=30, student__num_ranks=num_ranks)
+    with started(config, "step 3/") as process:
+        processes = children(process.pid)
+        (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT if to_all else signal.SIGTERM)
+        rest, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+    assert processes
+    assert not alive(processes)
     assert "--resume=true goes on" in rest
+    assert errors == "\nstopping after this step, with a checkpoint; once more ends at once, without one\n"
     done = metrics_of(config, "train")[-1]["step"]
     assert 3 <= done < 30
-    result = train(config, "--resume=true")
-    assert result.returncode == 0, result.stderr
-    assert load_config(Path(config.output_dir, "config.yaml")).resume
-    losses = [[m["loss"] for m in metrics_of(c, "train")] for c in (straight, config)]
-    assert losses[0] == losses[1]  # to the bit
+    assert (tmp_path / "stopped" / "checkpoints" / f"step-{done:06d}").is_dir()
+    if num_ranks == 1:
+        straight = run_config(output_dir=tmp_path / "straight", training__num_steps=30)
+        for result in (train(straight), train(config, "--resume=true")):
+            assert result.returncode == 0, result.stderr
+        losses = [[m["loss"] for m in metrics_of(c, "train")] for c in (straight, config)]
+        assert losses[0] == losses[1]  # to the bit
+        fewer = train(config, "--resume=true", "--training.num_steps=29")
+        assert fewer.returncode == 1
+        assert "the checkpoint is of step 30, and training.num_steps is 29; give at least as many" in fewer.stderr
+
+
+def test_the_second_ctrl_c_ends_at_once(run_config) -> None:
+    config = run_config(student__num_ranks=2, training__num_steps=100_000, training__samples_per_step=4000)
+    with started(config, "eval after 0 steps") as process:
+        processes = children(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("stopping after this step"):
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 130
+    assert errors == "kdflow train: interrupted\n"
+    assert not alive(processes)
 
 
 def test_dead_teacher_is_named_and_nothing_hangs(run_config) -> None:
@@ -152,20 +201,24 @@ def test_dead_teacher_is_named_and_nothing_hangs(run_config) -> None:
     assert not alive(started)
 
 
-def test_killed_launcher_leaves_nothing(run_config) -> None:
-    config = run_config(training__num_steps=500)
-    with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step 2/"):
-                break
-        started = children(process.pid)
-        assert started
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_killed_launcher_leaves_nothing(run_config, num_ranks: int) -> None:
+    with started(run_config(training__num_steps=500, student__num_ranks=num_ranks), "step 2/") as process:
+        processes = children(process.pid)
+        assert len(processes) == (1 if num_ranks == 1 else 3)
         process.kill()
-    deadline = time.monotonic() + 20
-    while alive(started) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not alive(started)
+    wait_until(lambda: not alive(processes))
+
+
+def test_a_killed_rank_is_named(run_config) -> None:
+    with started(run_config(training__num_steps=500, student__num_ranks=2), "step 2/") as process:
+        processes = children(process.pid)
+        ranks = [p for p in processes if b"kdflow.launcher.ranks" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        os.kill(max(ranks), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+    assert re.fullmatch(r"kdflow train: error: student rank \d ended with signal 9\n", errors)
+    assert not alive(processes)
 
 
 def test_damaged_weights_are_named(run_config, tiny: Path, tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from support.processes import say
+
+_stores: list[object] = []
 
 
 def run_straight_and_killed(straight: str, killed: str, num_kills: int, seed: int) -> None:
@@ -66,25 +67,24 @@ def _run_to_its_end(config_file: str, *, resume: bool) -> None:
 
 
 def _start(config_file: str, *, resume: bool) -> list[int]:
-    """A run of one rank as the launcher makes it, with its teachers; several ranks as torch elastic would."""
+    """A run of one rank as the launcher makes it, with its teachers; several ranks as processes of this one."""
+    from torch.distributed import TCPStore
+
     from kdflow.config_file import load_config
     from kdflow.launcher.local import run
     from kdflow.launcher.prepare import open_output
-    from kdflow.launcher.rank import RankSpec, run_rank
+    from kdflow.launcher.rank import Place, RankSpec, run_rank
 
     config = load_config(config_file, ["--resume=true"] if resume else [])
     num_ranks = config.student.num_ranks
     if num_ranks == 1:
         return [_forked(lambda: run(config, say=lambda text: None))]
     spec = RankSpec(config, str(open_output(config)), 1, None)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _stores.append(store)  # the ranks of one start use it to their end
 
     def run_as(rank: int) -> None:
-        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in told.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", TORCHELASTIC_RUN_ID="killed")
-        run_rank(spec)
+        run_rank(spec, place=Place(rank, num_ranks, store.port), stop_requested=lambda: False)
 
     return [_forked(lambda rank=rank: run_as(rank)) for rank in range(num_ranks)]
 

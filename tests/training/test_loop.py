@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from kdflow.data import training_steps
+from kdflow.data import pack_step, training_steps
 from kdflow.errors import TrainingError
 from kdflow.student import FSDP2Student
 from kdflow.tracing import OFF
-from kdflow.training import EvalMetrics, StepMetrics, Trainer
+from kdflow.training import EvalMetrics, Evaluation, Save, StepMetrics, Trainer
 from kdflow.types import Microbatch
 from support.ranks import run_on_ranks
 from support.student import CPU, Rows, load_samples, make_student
@@ -76,6 +76,11 @@ class Seen:
 
     def wait(self) -> None:
         pass
+
+
+class SeenEvaluation(Seen):
+    def on_eval(self, metrics: EvalMetrics) -> None:
+        self.losses.append(metrics.score)
 
 
 def _local(tensor: Any) -> torch.Tensor:
@@ -147,3 +152,35 @@ def test_a_step_that_is_not_finite_moves_nothing(tiny: Path, tmp_path: Path, num
         assert ended["saved"] == [1]
         assert len(ended["losses"]) == 1
     assert len(errors) == 1
+
+
+def stop_in_an_evaluation(folder: Path) -> dict[str, Any]:
+    """Of the last rank alone."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    student, rows = make_student(str(folder / "student"), str(folder / "teacher")), Rows(folder)
+    held = pack_step(list(load_samples(folder)[:4]), tokens_per_microbatch=256, rank=rank, num_ranks=num_ranks)
+    evaluation = Evaluation(5, held.microbatches, held.num_loss_tokens, held.loss_tokens)
+    seen = SeenEvaluation(student)
+
+    class Source:
+        def prefetch(self, work):
+            return (BadRows(rows, m, -1) for microbatches in work for m in microbatches)
+
+    trainer = Trainer(
+        student,
+        Source(),
+        device=CPU,
+        observers=[seen],
+        checkpoints=seen,
+        stop_requested=lambda: rank == num_ranks - 1,
+        trace=OFF,
+    )
+    finished = trainer.run(iter([evaluation, Save(5, due=False), evaluation]))
+    return {"finished": finished, "saved": seen.saved, "num_evaluations": len(seen.losses)}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_stop_in_an_evaluation(tiny: Path, tmp_path: Path, num_ranks: int) -> None:
+    """All ranks save what they have at its end, and do nothing more."""
+    for found in run_on_ranks(num_ranks, tmp_path / "ranks", stop_in_an_evaluation, tiny):
+        assert found == {"finished": False, "saved": [5], "num_evaluations": 1}

@@ -40,7 +40,7 @@ class DataError(KdflowError):
 
 
 class CheckpointError(KdflowError):
-    """A checkpoint that is missing or of another run."""
+    """A checkpoint that is missing or of another run, or a folder of a model that could not be written."""
 
 
 class TrainingError(KdflowError):

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 
+from rich.console import Console
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from kdflow.errors import KdflowError, TransportError
@@ -41,6 +42,7 @@ def run_ranks(spec: RankSpec, stop_requested: Callable[[], bool]) -> bool:
     student = spec.config.student
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with ExitStack() as stack:
+        stack.callback(Console().show_cursor)  # which the bar of one that is killed leaves hidden
         ranks = [
             stack.enter_context(RankProcess(spec, Place(rank, student.num_ranks, store.port)))
             for rank in range(student.num_ranks)

@@ -19,14 +19,17 @@ from kdflow.modeling.loading import (
 from kdflow.modeling.placement import resolve_device, resolve_dtype, to_device
 from kdflow.modeling.positions import check_positions
 from kdflow.modeling.prune import prune_layers, prune_model
+from kdflow.modeling.saving import check_free, flush, written_aside
 
 __all__ = [
     "PACKED_ATTENTION",
     "ContextKeys",
     "ContextSplit",
     "check_decoder",
+    "check_free",
     "check_positions",
     "empty_causal_lm",
+    "flush",
     "forward_decoder",
     "forward_hidden_states",
     "gather",
@@ -45,4 +48,5 @@ __all__ = [
     "resolve_dtype",
     "resolve_model",
     "to_device",
+    "written_aside",
 ]

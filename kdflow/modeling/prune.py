@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from kdflow.errors import ConfigError
 from kdflow.modeling.loading import load_causal_lm, load_tokenizer, resolve_model
+from kdflow.modeling.saving import check_free, written_aside
 
 
 def kept_layers(num_layers: int, num_kept: int) -> list[int]:
@@ -34,26 +33,16 @@ def prune_model(model: str, num_kept: int, output: str) -> int:
         Its number of parameters.
 
     Raises:
-        ConfigError: `output` holds something or cannot be written, or the model cannot be read or cut.
+        ConfigError: the model cannot be read or cut.
+        CheckpointError: `output` holds something or cannot be written.
     """
-    folder = Path(resolve_model(output)).resolve()
-    if folder == Path(resolve_model(model)).resolve():
-        raise ConfigError(f"--output: {output} is the folder of the model itself; choose another")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "is not empty" if folder.is_dir() else "is no folder"
-        raise ConfigError(f"--output: {output} {what}; choose another, or remove it")
+    folder = Path(resolve_model(output))
+    check_free(folder)
     tokenizer = load_tokenizer(model)
     pruned = prune_layers(load_causal_lm(model, torch.bfloat16), num_kept)
-    aside = folder.with_name(f"writing-{folder.name}")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
+    with written_aside(folder) as aside:
         pruned.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        if folder.exists():
-            folder.rmdir()
-        aside.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"--output: {output} cannot be written ({error}); choose another") from None
     return sum(p.numel() for p in pruned.parameters())
 
 

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from kdflow.errors import CheckpointError
+from kdflow.modeling import flush
 
 # Ranks wait for the slowest disk among them; a rank that ends is noticed at once, by its sockets.
 DISK_TIMEOUT = timedelta(hours=1)
@@ -170,12 +171,3 @@ def _read_info(path: Path) -> CheckpointInfo:
 def _score(checkpoint: Checkpoint) -> float:
     assert checkpoint.info.score is not None
     return checkpoint.info.score
-
-
-def flush(path: Path) -> None:
-    """What a file holds, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

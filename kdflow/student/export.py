@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict_loader as dcp_loader
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -22,8 +19,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kdflow.config import StudentConfig
 from kdflow.errors import CheckpointError
-from kdflow.modeling import load_causal_lm, load_model_config, load_tokenizer, resolve_model
-from kdflow.student.checkpoint_folder import DISK_TIMEOUT, flush
+from kdflow.modeling import (
+    check_free,
+    load_causal_lm,
+    load_model_config,
+    load_tokenizer,
+    resolve_model,
+    written_aside,
+)
+from kdflow.student.checkpoint_folder import DISK_TIMEOUT
 from kdflow.student.fsdp2 import FSDP2Student
 from kdflow.student.lora import (
     add_lora,
@@ -60,7 +64,7 @@ def export_model(student: FSDP2Student, tokenizer: Any, folder: Path) -> None:
     if dist.get_rank() == 0:
         tensors = {n: w for n, w in weights.items() if isinstance(w, torch.Tensor)}
         try:
-            with _written_aside(folder, replace=True) as aside:
+            with written_aside(folder, replace=True) as aside:
                 _write_student(student, tensors, tokenizer, aside)
         except CheckpointError as error:
             failure = str(error)
@@ -98,7 +102,7 @@ def export_checkpoint(checkpoint: Path, student: StudentConfig, folder: Path) ->
             be written; then nothing is left of it.
         ConfigError: no such model, or no bitsandbytes for one with a 4-bit base.
     """
-    _check_free(folder)
+    check_free(folder)
     model, lora = student.model, student.lora
     config, tokenizer = load_model_config(model), load_tokenizer(model)
     try:
@@ -113,58 +117,8 @@ def export_checkpoint(checkpoint: Path, student: StudentConfig, folder: Path) ->
         weights = {n: w.to(torch.bfloat16) for n, w in merge_lora(weights, lora.alpha / lora.rank).items()}
     shell = _shell(config)
     _check_names(checkpoint, weights, shell, model)
-    with _written_aside(folder) as aside:
+    with written_aside(folder) as aside:
         _write(shell, generation, weights, tokenizer, aside)
-
-
-def _check_free(folder: Path) -> None:
-    try:
-        found = "is not empty" if folder.exists() and any(folder.iterdir()) else None
-    except OSError as error:  # a file, or one that may not be read
-        found = f"cannot be used ({error.strerror})"
-    if found is not None:
-        raise CheckpointError(f"{folder} {found}: choose another --output, or remove it")
-
-
-@contextmanager
-def _written_aside(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder to write into. When that is done it is flushed to the disk, and takes the name of `folder`.
-
-    Args:
-        replace: what `folder` holds.
-
-    Raises:
-        CheckpointError: it could not be written. Nothing of it is left, and `folder` is as it was.
-    """
-    final = folder.resolve()
-    aside = final.with_name(f"writing-{final.name}")
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        for path in (*aside.rglob("*"), aside):
-            flush(path)
-        if replace and final.exists():
-            _replace(final, aside)
-        else:
-            aside.rename(final)
-        flush(final.parent)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} was not written ({error})") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _replace(folder: Path, aside: Path) -> None:
-    leaving = folder.with_name(f"removing-{folder.name}")
-    shutil.rmtree(leaving, ignore_errors=True)
-    folder.rename(leaving)
-    try:
-        aside.rename(folder)
-    except OSError:
-        leaving.rename(folder)
-        raise
-    shutil.rmtree(leaving, ignore_errors=True)
 
 
 def _quantized_base(student: StudentConfig) -> dict[str, torch.Tensor]:

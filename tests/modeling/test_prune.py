@@ -155,7 +155,7 @@ def test_the_model_is_not_written_over(
     before = contents(model)
     output = {"itself": model, "relative": "elsewhere/../model", "link": tmp_path / "link"}[way]
     assert prune(monkeypatch, model, output) == 1
-    assert f"--output: {output} is the folder of the model itself; choose another" in capsys.readouterr().err
+    assert f"{output} is not empty: choose another --output, or remove it" in capsys.readouterr().err
     assert contents(model) == before
 
 
@@ -164,12 +164,12 @@ def test_what_is_there_is_not_written_over(tiny: Path, tmp_path: Path, monkeypat
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes").write_text("kept")
     for output, message in (
-        ("file", "is no folder; choose another, or remove it"),
-        ("folder", "is not empty; choose another, or remove it"),
-        ("file/below", "cannot be written"),
+        ("file", "cannot be used (Not a directory): choose another --output, or remove it"),
+        ("folder", "is not empty: choose another --output, or remove it"),
+        ("file/below", "was not written"),
     ):
         assert prune(monkeypatch, tiny / "teacher", tmp_path / output) == 1
-        assert f"--output: {tmp_path / output} {message}" in capsys.readouterr().err
+        assert f"{tmp_path / output} {message}" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "notes").read_text() == "kept"
 
 
@@ -193,6 +193,7 @@ def test_a_prune_that_is_cut_leaves_no_folder(tiny: Path, tmp_path: Path, action
         assert ended.returncode == -signal.SIGXFSZ
         assert (tmp_path / "writing-output").is_dir()
     else:
-        assert f"ConfigError: --output: {output} cannot be written" in ended.stderr
+        assert f"CheckpointError: {output} was not written" in ended.stderr
     prune_model(str(tiny / "teacher"), 2, str(output))
+    assert len({path.stat().st_mode for path in output.iterdir()}) == 1, "whoever may read one may read all"
     assert [path.name for path in tmp_path.iterdir()] == ["output"]

@@ -335,7 +335,8 @@ class RunConfig:
         profile: Timeline and profiles of the run.
         observe: Where else metrics go.
         seed: Of data order and dropout.
-        resume: Go on from the newest checkpoint in output_dir.
+        resume: Go on from the newest checkpoint in output_dir; auto does where a run is there, and else starts one, so
+            that a job which is queued again needs no other command.
         overwrite: Delete an earlier run in output_dir.
     """
 
@@ -351,7 +352,7 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     seed: int = 0
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:

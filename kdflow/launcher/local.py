@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdflow.config import RunConfig, TeacherConfig, named
 from kdflow.errors import TransportError
-from kdflow.launcher.prepare import CHECKPOINTS, Prepared, check_output, locked_output, open_output, prepare
+from kdflow.launcher.prepare import (
+    CHECKPOINTS,
+    Prepared,
+    check_output,
+    holds_run,
+    locked_output,
+    open_output,
+    prepare,
+)
 from kdflow.launcher.rank import RankSpec, Rings, run_rank
 from kdflow.launcher.ranks import run_ranks
 from kdflow.launcher.stop import StopRequest
@@ -37,6 +45,8 @@ def run(config: RunConfig, say: Callable[[str], None] = _print) -> bool:
             were ended.
     """
     hide_progress_bars()
+    if config.resume == "auto":
+        config = replace(config, resume=holds_run(Path(config.output_dir)))
     check_output(config)
     prepared = prepare(config, say)
     stop = StopRequest()

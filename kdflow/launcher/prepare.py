@@ -207,12 +207,12 @@ def check_output(config: RunConfig) -> None:
         if not old.is_file():
             raise ConfigError(f"resume: {folder} holds no run with a {CONFIG_FILE}; start without --resume")
         _check_same_run(load_config(old), config, folder)
-    elif _holds_run(folder) and not config.overwrite:
+    elif holds_run(folder) and not config.overwrite:
         raise ConfigError(
             f"output_dir: {folder} holds a run; add --resume=true to go on with it, "
             "--overwrite=true to replace it, or choose another folder"
         )
-    elif _holds_run(folder):
+    elif holds_run(folder):
         _check_kept(config, folder)
 
 
@@ -224,7 +224,7 @@ def open_output(config: RunConfig) -> Path:
     """
     check_output(config)
     folder = Path(config.output_dir)
-    if _holds_run(folder) and not config.resume:
+    if holds_run(folder) and not config.resume:
         for name in RUN_ENTRIES:
             path = folder / name
             if path.is_dir() and not path.is_symlink():
@@ -235,7 +235,7 @@ def open_output(config: RunConfig) -> Path:
     return folder
 
 
-def _holds_run(folder: Path) -> bool:
+def holds_run(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() or (folder / CHECKPOINTS).is_dir()
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from kdflow.cli import COMMANDS
 from kdflow.config import RunConfig, StudentConfig
-from kdflow.config_file import dump_config
+from kdflow.config_file import dump_config, load_config
 from kdflow.errors import CheckpointError, ConfigError, TrainingError
 from kdflow.launcher.local import run
 from kdflow.launcher.prepare import prepare
@@ -24,8 +24,6 @@ from support.tiny import make_config
 
 @pytest.fixture(scope="module")
 def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    from kdflow.config_file import load_config
-
     folder = tmp_path_factory.mktemp("sft")
     options = {
         "output_dir": folder / "run",
@@ -176,3 +174,15 @@ def test_bad_steps_are_skipped_up_to_a_limit(run_config, tiny: Path, tmp_path: P
     assert "1 steps were skipped before it" in str(error.value)
     (kept,) = CheckpointFolder(Path(strict.output_dir, "checkpoints")).all()
     assert (kept.info.num_steps_done, kept.info.num_skipped) == (skipped[1] - 1, 1)
+
+
+def test_a_job_that_is_queued_again(run_config) -> None:
+    """The same command starts a run and goes on with it."""
+    for num_steps in (2, 4):
+        config = run_config(algorithm__name="sft", resume="auto", training__num_steps=num_steps)
+        assert config.resume == "auto"
+        assert run(config, lambda text: None)
+        assert [m["step"] for m in metrics_of(config, "train")] == list(range(1, num_steps + 1))
+    assert load_config(Path(config.output_dir, "config.yaml")).resume is False
+    with pytest.raises(ConfigError, match="resume"):
+        run_config(resume="perhaps")

@@ -123,7 +123,7 @@ def compile_cluster_rows(divergence: str, options: dict[str, bool], *, architect
     twin, found = cpp_twin(get_divergence(divergence)), cluster_rows.layout(COLUMNS)
     if twin is None or found is None:
         return None
-    cubin = cluster_rows.compile_form(found, twin[0], options, architecture=architecture)
+    cubin = cluster_rows.compile_form(found, twin[0], tuple(options.items()), architecture=architecture)
     sass = _cuobjdump("--dump-sass", cubin)
     return _resources(cubin, sass, found.shared_bytes)
 

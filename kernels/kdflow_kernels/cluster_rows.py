@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,10 @@ def cut(num_columns: int, cluster: int, blocks_per_processor: int, threads: int 
         counts = range(most, most // 2 - 1, -32)
         threads = min(counts, key=lambda count: -(-columns // WIDTH // count) * count)
     return Layout(cluster, threads, columns, blocks_per_processor)
+
+
+# What the source is compiled for: a layout, the name of a divergence in divergences.hpp, and its options.
+Form = tuple[Layout, str, tuple[tuple[str, bool], ...]]
 
 
 class Parameters(ctypes.Structure):
@@ -136,7 +140,8 @@ class ClusterLauncher:
             "OWN_CE": problem.labels is not None and problem.temperature != 1.0,
             "FORM_GRADIENT": bool(needs),
         }
-        self.kernel = kernel(found, divergence, tuple(options.items()), row_scale.device)
+        self.form: Form = (found, divergence, tuple(options.items()))
+        self.kernel = kernel(*self.form, row_scale.device)
 
     def launch(
         self, chunk: slice, student_logits: Tensor, teacher_logits: Tensor | None, gradient: Tensor, terms: RowTerms
@@ -177,12 +182,13 @@ class ClusterLauncher:
         torch.sum(of_blocks, 1, out=kd)
 
 
-def compile_form(found: Layout, divergence: str, options: Mapping[str, bool], *, architecture: int) -> bytes:
+@functools.cache
+def compile_form(found: Layout, divergence: str, options: tuple[tuple[str, bool], ...], *, architecture: int) -> bytes:
     """Machine code of one form of the kernel."""
     return nvrtc.compile_cubin(SOURCE, defines(found, divergence, options), architecture=architecture)
 
 
-def defines(found: Layout, divergence: str, options: Mapping[str, bool]) -> dict[str, object]:
+def defines(found: Layout, divergence: str, options: tuple[tuple[str, bool], ...]) -> dict[str, object]:
     """What cluster_rows.cu is compiled with."""
     given = {
         "CLUSTER": found.cluster,
@@ -190,21 +196,26 @@ def defines(found: Layout, divergence: str, options: Mapping[str, bool]) -> dict
         "SLICE": found.slice,
         "BLOCKS_PER_PROCESSOR": found.blocks_per_processor,
         "DIVERGENCE": divergence,
-        **{name: int(value) for name, value in options.items()},
+        **{name: int(value) for name, value in options},
     }
     return {f"KDFLOW_{name}": value for name, value in given.items()}
 
 
 @functools.cache
+def load(found: Layout, divergence: str, options: tuple[tuple[str, bool], ...], device: torch.device) -> nvrtc.Function:
+    """One form, compiled for a device and loaded there."""
+    major, minor = torch.cuda.get_device_capability(device)
+    cubin = compile_form(found, divergence, options, architecture=10 * major + minor)
+    large = found.cluster > PORTABLE_CLUSTER
+    with torch.cuda.device(device):
+        return nvrtc.Function(cubin, "cluster_rows", shared_bytes=found.shared_bytes, large_cluster=large)
+
+
 def kernel(
     found: Layout, divergence: str, options: tuple[tuple[str, bool], ...], device: torch.device
 ) -> Callable[[int, Parameters], None]:
-    """One form, compiled and loaded: starts so many blocks on torch's current stream."""
-    major, minor = torch.cuda.get_device_capability(device)
-    cubin = compile_form(found, divergence, dict(options), architecture=10 * major + minor)
-    large = found.cluster > PORTABLE_CLUSTER
-    with torch.cuda.device(device):
-        function = nvrtc.Function(cubin, "cluster_rows", shared_bytes=found.shared_bytes, large_cluster=large)
+    """One form: starts so many blocks on torch's current stream."""
+    function = load(found, divergence, options, device)
 
     def start(num_blocks: int, parameters: Parameters) -> None:
         with torch.cuda.device(device):

@@ -16,7 +16,8 @@ MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # percent of the first-level cache that is to be shared memory
 NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
 CLUSTER_SCHEDULING_POLICY_PREFERENCE = 15
-SPREAD = 1  # CUclusterSchedulingPolicy: the blocks of a cluster over multiprocessors
+# CUclusterSchedulingPolicy: 0 leaves it to the driver, 1 spreads the blocks of a cluster over multiprocessors, 2 balances.
+SCHEDULING_POLICY = 1
 
 
 @functools.cache
@@ -94,7 +95,7 @@ class Function:
         self._call("cuModuleGetFunction", ctypes.byref(self._function), module, name.encode())
         self._call("cuFuncSetAttribute", self._function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
         self._call("cuFuncSetAttribute", self._function, PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
-        self._call("cuFuncSetAttribute", self._function, CLUSTER_SCHEDULING_POLICY_PREFERENCE, SPREAD)
+        self._call("cuFuncSetAttribute", self._function, CLUSTER_SCHEDULING_POLICY_PREFERENCE, SCHEDULING_POLICY)
         if large_cluster:
             self._call("cuFuncSetAttribute", self._function, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
 

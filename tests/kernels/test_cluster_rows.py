@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import kd_oracle
 import pytest
@@ -15,8 +16,9 @@ import torch
 from test_fused_kd_loss import FACTORS, covering_case, describe, make, one_hot_case, pairwise
 from test_triton_backend import DIVERGENCES, JUMPING
 
-from kdflow_kernels import cluster_rows, fused_kd_loss, get_divergence, nvrtc, triton_backend
-from kdflow_kernels.cluster_rows import RESERVED_BYTES, SHARED_BYTES
+from bench.tune.phases import PHASES, ClockedKernel
+from kdflow_kernels import aot, cluster_rows, fused_kd_loss, get_divergence, nvrtc, triton_backend
+from kdflow_kernels.cluster_rows import RESERVED_BYTES, SHARED_BYTES, ClusterLauncher
 from kdflow_kernels.cpp_divergences import cpp_twin
 from support import cluster_rows as host
 
@@ -264,3 +266,83 @@ def test_on_the_host_a_missing_wait_is_found(number: int, tmp_path: Path, monkey
         else:
             told.append("" if torch.isclose(loss, expected, rtol=1e-4) else "a wrong number")
     assert any(words == "a wrong number" or "cuLaunchKernel" in words for words in told)
+
+
+OF_FORMS = {
+    "sum known": {"divergence": "forward_kl", "labels": "none"},
+    "sum not known": {"divergence": "jsd", "labels": "none"},
+    "all softmaxes": {"divergence": "reverse_kl", "ce_weight": 0.5, "temperature": 1.7},
+}
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no gradients"])
+@pytest.mark.parametrize("options", OF_FORMS.values(), ids=OF_FORMS)
+def test_with_a_clock_the_numbers_are_the_same_and_the_phases_add_up(
+    options: dict, gradients: bool, monkeypatch: pytest.MonkeyPatch
+):
+    cut_into(2, 64, monkeypatch)
+    monkeypatch.setattr(cluster_rows, "ROWS_PER_CLUSTER", 3)
+    case = make(vocab=1003, num_rows=7, **options).cast(torch.bfloat16).to(DEVICE)
+    clocked: list[ClockedKernel] = []
+
+    class Clocked(ClusterLauncher):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.kernel = ClockedKernel(self)
+            clocked.append(self.kernel)
+
+    def numbers() -> list[torch.Tensor]:
+        leaves = [case.tensors[name].detach().requires_grad_(gradients) for name in ("student_input", "student_weight")]
+        tensors: dict[str, Any] = {**case.tensors, "student_input": leaves[0], "student_weight": leaves[1]}
+        output = fused_kd_loss(**tensors, **case.options, backend="triton")
+        if gradients:
+            output.loss.backward()
+        return [value.detach() for value in output if value is not None] + [
+            x.grad for x in leaves if x.grad is not None
+        ]
+
+    plain = numbers()
+    monkeypatch.setattr(triton_backend, "ClusterLauncher", Clocked)
+    with_clock = numbers()
+    assert len(plain) == len(with_clock) > 3
+    assert all(torch.equal(value, other) for value, other in zip(plain, with_clock, strict=True))
+
+    assert len(clocked) == 1
+    cycles = clocked[0].cycles.cpu().long() & 0xFFFFFFFF
+    assert cycles.shape[1] == len(PHASES) + 1
+    assert torch.equal(cycles[:, :-1].sum(1), cycles[:, -1])
+    of_phases = dict(zip(PHASES, cycles.T, strict=False))
+    unused = {"gradient", "store"} if not gradients else {"sums"} if options["divergence"] == "forward_kl" else set()
+    assert {name for name, of_blocks in of_phases.items() if not of_blocks.any()} == unused
+    found = clocked[0].found(2)
+    assert found.of_row * 2 * clocked[0]._num_rows == pytest.approx(float(cycles[:, -1].sum()))
+
+
+@pytest.mark.parametrize("architecture", [90, 100])
+@pytest.mark.parametrize("divergence", ["ForwardKL", "JSD"])
+def test_without_a_clock_the_machine_code_knows_of_none(divergence: str, architecture: int, tmp_path: Path):
+    """It is that of the source without any line about it; with one, the processor's clock is read."""
+    reason = nvrtc.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    for file in cluster_rows.SOURCE.parent.iterdir():
+        (tmp_path / file.name).write_text(file.read_text())
+    source = cluster_rows.SOURCE.read_text()
+    source, num_lines = re.subn(r"\n *(?:clock\.(?:end|write)\(.*\)|Clock clock);", "", source)
+    source, num_arguments = re.subn(r", (?:Clock& )?clock(?=\))", "", source)
+    assert (num_lines, num_arguments) == (19, 3)
+    stripped = tmp_path / "cluster_rows.cu"
+    stripped.write_text(source)
+    found = cluster_rows.layout(151_936)
+    assert found is not None
+    options = tuple(PLAIN.items())
+    plain = cluster_rows.compile_form(found, divergence, options, architecture=architecture)
+    defines = cluster_rows.defines(found, divergence, options)
+    without = nvrtc.compile_cubin(stripped, defines, architecture=architecture)
+    clocked = cluster_rows.compile_form(found, divergence, (*options, ("PHASES", True)), architecture=architecture)
+    for what in ("--dump-sass", "--dump-resource-usage"):
+        assert aot._cuobjdump(what, plain) == aot._cuobjdump(what, without)
+    assert "SR_CLOCK" not in aot._cuobjdump("--dump-sass", plain)
+    sass = aot._cuobjdump("--dump-sass", clocked)
+    assert sass.count("SR_CLOCK") > 10
+    assert not re.search(r"\b(LDL|STL)\b", sass)

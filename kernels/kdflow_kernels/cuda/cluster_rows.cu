@@ -62,7 +62,47 @@ struct Parameters {
   float* agreement;
   int num_rows, rows_per_cluster, num_columns;
   float inverse_temperature, kd_weight, ce_weight, parameter;
+#ifdef KDFLOW_PHASES
+  Bits* cycles;  // (blocks, kNumPhases + 1)
+#endif
 };
+
+// What a block's first thread does, one after another; as bench/tune/phases.py names them.
+enum Phase { kStart, kCopies, kStatistics, kBlock, kTell, kCluster, kSums, kGradient, kStore, kRest, kNumPhases };
+
+// How many cycles each phase takes, over all rows of a block: for bench.tune, which defines KDFLOW_PHASES; the
+// launcher's kernels have no clock.
+#ifdef KDFLOW_PHASES
+class Clock {
+  Bits* const spent_ = device::cycles();
+  const Bits begun_ = device::clock();
+  Bits last_ = begun_;
+
+ public:
+  KDFLOW_INLINE Clock() {
+    if (device::thread() != 0) return;
+    for (int phase = 0; phase < kNumPhases; ++phase) spent_[phase] = 0;
+  }
+  KDFLOW_INLINE void end(Phase phase) {
+    if (device::thread() != 0) return;
+    const Bits now = device::clock();
+    spent_[phase] += now - last_;
+    last_ = now;
+  }
+  // With the whole time at the end, which is the sum of all.
+  KDFLOW_INLINE void write(const Parameters& p) const {
+    if (device::thread() != 0) return;
+    Bits* const cycles = p.cycles + device::block() * (kNumPhases + 1);
+    for (int phase = 0; phase < kNumPhases; ++phase) cycles[phase] = spent_[phase];
+    cycles[kNumPhases] = last_ - begun_;
+  }
+};
+#else
+struct Clock {
+  KDFLOW_INLINE void end(Phase) {}
+  KDFLOW_INLINE void write(const Parameters&) const {}
+};
+#endif
 
 // Of a part of a row: maximum, total = sum 2^d and moment = sum 2^d d with d = (z - top) exponent, and the first column
 // of the maximum.
@@ -299,7 +339,7 @@ struct Row {
   };
   // dz = scales.g g + scales.q q, and cross-entropy's part; asks for the same vectors of the next row.
   template <int kFrom, int kTo>
-  KDFLOW_INLINE void write_gradient(const Scales& scales, bool another, Sums& sums) const {
+  KDFLOW_INLINE void write_gradient(const Scales& scales, bool another, Sums& sums, Clock& clock) const {
     const Parameters& p = slice.p;
     Bits4* const gradient = slice.place(p.gradient, p.gradient_stride, number);
     const int end = slice.end<kTo>();
@@ -325,8 +365,10 @@ struct Row {
       Bits4 packed;
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) packed.at[pair] = device::narrow(dz[2 * pair], dz[2 * pair + 1]);
+      clock.end(kGradient);
       gradient[v] = packed;
       if (another) slice.copy_vector(number + 1, v);
+      clock.end(kStore);
     }
     device::commit_copies();
   }
@@ -342,10 +384,12 @@ KDFLOW_KERNEL void cluster_rows(KDFLOW_PARAMETERS Parameters p) {
   int row = device::block() / KDFLOW_CLUSTER * p.rows_per_cluster;
   const int end = row + p.rows_per_cluster < p.num_rows ? row + p.rows_per_cluster : p.num_rows;
 
+  Clock clock;
   device::cluster_arrive(false);
   slice.copy<0, kHalf>(row);
   slice.copy<kHalf, kTurns>(row);
   device::cluster_wait();  // all blocks run and can be written to
+  clock.end(kStart);
 
   for (; row < end; ++row) {
     const float scale = kFormGradient ? p.row_scale[row] : 0.0F;
@@ -354,23 +398,30 @@ KDFLOW_KERNEL void cluster_rows(KDFLOW_PARAMETERS Parameters p) {
     // 1. In two halves, so that the second one arrives while the first is taken in.
     Softmax of_student(exponent), of_teacher(exponent);
     device::wait_copies<1>(0.0F);
+    clock.end(kCopies);
     of_student.take_in<kOwnCE, 0, kHalf>(slice, slice.student);
     of_teacher.take_in<false, 0, kHalf>(slice, slice.teacher);
+    clock.end(kStatistics);
     device::wait_copies<0>(of_student.found.total + of_teacher.found.total);
+    clock.end(kCopies);
     of_student.take_in<kOwnCE, kHalf, kTurns>(slice, slice.student);
     of_teacher.take_in<false, kHalf, kTurns>(slice, slice.teacher);
 
     meet.student.bring(of_student.statistics(slice, slice.student), exponent);
     meet.teacher.bring(of_teacher.statistics(slice, slice.teacher), exponent);
     if constexpr (kOwnCE) meet.ce.bring({of_student.found.top, of_student.total_at_1}, kLogE);
+    clock.end(kStatistics);
     device::sync_threads();
+    clock.end(kBlock);
     if (warp == 0) meet.student.tell(row, rank, exponent);
     if (warp == 1 % kWarps) meet.teacher.tell(row, rank, exponent);
     if constexpr (kOwnCE) {
       if (warp == 2 % kWarps) meet.ce.tell(row, rank, kLogE);
     }
     device::cluster_arrive(warp < kSoftmaxes);
+    clock.end(kTell);
     device::cluster_wait();
+    clock.end(kCluster);
     const Statistics student = meet.student.take(row, exponent), teacher = meet.teacher.take(row, exponent);
     const LogProbs q_at(student, exponent);
     const LogProbs ce_at(kOwnCE ? meet.ce.take(row, kLogE) : student, kLogE);
@@ -391,11 +442,15 @@ KDFLOW_KERNEL void cluster_rows(KDFLOW_PARAMETERS Parameters p) {
         here.add_terms<kHalf, kTurns>(another, sums);
       }
       meet.sums.bring(sums, 0.0F);
+      clock.end(kSums);
       device::sync_threads();
+      clock.end(kBlock);
       if constexpr (kFormGradient) {
         if (warp == 0) sums.f = meet.sums.tell(row, rank, 0.0F).f;
         device::cluster_arrive(warp == 0);
+        clock.end(kTell);
         device::cluster_wait();
+        clock.end(kCluster);
         gradient_sum = meet.sums.take(row, 0.0F).g / Divergence::kScaleG;
       }
     }
@@ -406,11 +461,13 @@ KDFLOW_KERNEL void cluster_rows(KDFLOW_PARAMETERS Parameters p) {
       const float kd_scale = scale * p.kd_weight * p.inverse_temperature;
       const Row::Scales scales{kd_scale / Divergence::kScaleG, (kOwnCE ? 0.0F : ce_scale) - kd_scale * gradient_sum,
                                ce_scale};
-      here.write_gradient<0, kHalf>(scales, another, sums);
-      here.write_gradient<kHalf, kTurns>(scales, another, sums);
+      here.write_gradient<0, kHalf>(scales, another, sums, clock);
+      here.write_gradient<kHalf, kTurns>(scales, another, sums, clock);
       if constexpr (!kSumPass) {
         meet.sums.bring(sums, 0.0F);
+        clock.end(kGradient);
         device::sync_threads();
+        clock.end(kBlock);
       }
     }
     if (warp == 0) {
@@ -424,5 +481,7 @@ KDFLOW_KERNEL void cluster_rows(KDFLOW_PARAMETERS Parameters p) {
         }
       }
     }
+    clock.end(kRest);
   }
+  clock.write(p);
 }

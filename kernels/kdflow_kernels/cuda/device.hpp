@@ -25,6 +25,17 @@ KDFLOW_INLINE Bits4* dynamic_shared() {
   return shared;
 }
 
+// For the form of the kernel with a clock: where a block's counts are, and the cycles of its processor.
+KDFLOW_INLINE Bits* cycles() {
+  __shared__ Bits counts[16];
+  return counts;
+}
+KDFLOW_INLINE Bits clock() {
+  Bits now;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(now)::"memory");
+  return now;
+}
+
 KDFLOW_INLINE Address address_of(const void* shared) { return static_cast<Address>(__cvta_generic_to_shared(shared)); }
 
 KDFLOW_INLINE void sync_threads() { __syncthreads(); }

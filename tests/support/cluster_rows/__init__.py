@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from kdflow_kernels import cluster_rows, nvrtc
-from kdflow_kernels.cluster_rows import Layout, Parameters
+from kdflow_kernels.cluster_rows import Form, Layout, Parameters
 
 FOLDER = Path(__file__).parent
 LIBRARIES = tempfile.TemporaryDirectory(prefix="kdflow-cluster-rows-")  # gone when the interpreter is
-Form = tuple[Layout, str, tuple[tuple[str, bool], ...]]
 
 
 def use(monkeypatch: pytest.MonkeyPatch) -> list[Form]:
@@ -45,7 +44,7 @@ def starter(found: Layout, library: ctypes.CDLL) -> Callable[[int, Parameters], 
 def build(
     found: Layout, divergence: str, options: tuple[tuple[str, bool], ...], source: Path = cluster_rows.SOURCE
 ) -> ctypes.CDLL:
-    defines = cluster_rows.defines(found, divergence, dict(options))
+    defines = cluster_rows.defines(found, divergence, options)
     library = Path(LIBRARIES.name) / f"{len(list(Path(LIBRARIES.name).iterdir()))}.so"
     flags = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
     flags += ["-Wno-unknown-pragmas", f"-I{FOLDER}", f"-I{cluster_rows.SOURCE.parent}", f'-DKDFLOW_SOURCE="{source}"']

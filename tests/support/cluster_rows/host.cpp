@@ -78,6 +78,7 @@ const char* run(int num_blocks, std::size_t shared_bytes) {
         return cluster.misused ? "a thread used the cluster's barrier wrongly" : "blocks wait for one another for ever";
       }
       cluster.running = choose(cluster);
+      ++cluster.clock;
       swapcontext(&cluster.scheduler, &cluster.running->context);
       if (cluster.running->done) {
         --left;
@@ -91,8 +92,9 @@ const char* run(int num_blocks, std::size_t shared_bytes) {
 }
 
 constexpr int kSuccess = 0, kInvalidValue = 1, kNotFound = 500, kLaunchFailed = 719;
-constexpr int kMostSharedBytes = 227 * 1024, kMaxDynamicSharedBytes = 8, kCarveout = 9,
-              kPolicy = 15;  // CUfunction_attribute
+constexpr int kMostSharedBytes = 227 * 1024;
+// CUfunction_attribute
+constexpr int kNumRegs = 4, kMaxDynamicSharedBytes = 8, kCarveout = 9, kPolicy = 15;
 
 int shared_limit = 48 * 1024;
 std::string wrong;
@@ -114,10 +116,20 @@ int cuModuleGetFunction(void** function, void*, const char* name) {
 
 int cuFuncSetAttribute(void*, int attribute, int value) {
   if (attribute == kCarveout) return value == 100 ? kSuccess : kInvalidValue;
-  if (attribute == kPolicy) return value == 1 ? kSuccess : kInvalidValue;
+  if (attribute == kPolicy) return value >= 0 && value <= 2 ? kSuccess : kInvalidValue;
   if (attribute != kMaxDynamicSharedBytes || value > kMostSharedBytes) return kInvalidValue;
   shared_limit = value;
   return kSuccess;
+}
+
+int cuFuncGetAttribute(int* value, int attribute, void*) {
+  *value = attribute == kNumRegs ? 64 : 0;
+  return kSuccess;
+}
+
+int cuOccupancyMaxActiveClusters(int* clusters, void*, const unsigned* config) {
+  *clusters = 1;
+  return config[0] % KDFLOW_CLUSTER == 0 && config[3] == KDFLOW_THREADS ? kSuccess : kInvalidValue;
 }
 
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,

@@ -62,6 +62,7 @@ struct Warp {
 
 struct Block {
   std::vector<Bits4> shared;
+  Bits cycles[16];
   Barrier barrier;
   std::vector<Warp> warps;
 };
@@ -75,6 +76,7 @@ struct Cluster {
   Fiber* running = nullptr;
   ucontext_t scheduler{};
   std::mt19937_64 random;
+  Bits clock = 0;  // how often a fiber has been gone on with, and a clock been read
   bool misused = false;
 };
 
@@ -87,6 +89,8 @@ inline Warp& own_warp() { return own_block().warps[static_cast<std::size_t>(self
 inline int thread() { return self().thread; }
 inline int block() { return cluster->index * KDFLOW_CLUSTER + self().rank; }
 inline Bits4* dynamic_shared() { return own_block().shared.data(); }
+inline Bits* cycles() { return own_block().cycles; }
+inline Bits clock() { return ++cluster->clock; }
 
 inline void pause() {
   Fiber* const me = cluster->running;

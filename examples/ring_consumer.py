@@ -1,4 +1,4 @@
-"""Reads the tensors of ring_producer.py where they lie: python examples/ring_consumer.py pid:fd"""
+"""Reads the tensors of ring_producer.py where they lie: python examples/ring_consumer.py pid:fd:id"""
 
 import sys
 

@@ -120,29 +120,29 @@ PYBIND11_MODULE(_ring, module) {
           py::arg("checksum"), py::arg("huge_pages"), py::arg("numa_node"), py::arg("in_device_memory") = false)
       .def_static(
           "attach",
-          [](std::variant<std::string, int> source, const std::string& role, bool guard, std::optional<int> spin_us) {
+          [](std::variant<std::string, int> source, const std::string& role, bool many_consumers,
+             std::optional<bool> in_device_memory, bool guard, std::optional<int> spin_us) {
             const Role parsed = make_role(role);
             const Unlocked unlocked;
-            UniqueFd fd;
-            if (const auto* handle = std::get_if<std::string>(&source)) {
-              fd = open_handle(*handle);
-            } else {
-              fd = UniqueFd(::fcntl(std::get<int>(source), F_DUPFD_CLOEXEC, 0));
-              if (!fd) throw_errno("fd " + std::to_string(std::get<int>(source)));
-            }
-            AttachOptions options{.guard = guard};
+            AttachOptions options{.guard = guard, .kind = many_consumers ? RingKind::request : RingKind::data};
+            if (in_device_memory) options.placement = *in_device_memory ? Placement::device : Placement::host;
             if (spin_us) options.max_spin = std::chrono::microseconds(*spin_us);
+            if (const auto* handle = std::get_if<std::string>(&source)) {
+              return PyRing(Ring::attach(Handle::parse(*handle), parsed, options));
+            }
+            UniqueFd fd(::fcntl(std::get<int>(source), F_DUPFD_CLOEXEC, 0));
+            if (!fd) throw_errno("fd " + std::to_string(std::get<int>(source)));
             return PyRing(Ring::attach(std::move(fd), parsed, options));
           },
-          py::arg("source"), py::kw_only(), py::arg("role"), py::arg("guard"), py::arg("max_spin_us") = std::nullopt)
+          py::arg("source"), py::kw_only(), py::arg("role"), py::arg("many_consumers"),
+          py::arg("in_device_memory") = std::nullopt, py::arg("guard") = false, py::arg("max_spin_us") = std::nullopt)
       .def_property_readonly("name", [](const PyRing& self) { return self.name; })
       .def_property_readonly("num_slots", [](const PyRing& self) { return self.header().num_slots; })
       .def_property_readonly("slot_bytes", [](const PyRing& self) { return self.header().slot_bytes; })
-      .def_property_readonly("many_consumers",
-                             [](const PyRing& self) { return self.header().kind == RingKind::request; })
       .def_property_readonly("in_device_memory",
                              [](const PyRing& self) { return self.header().placement == Placement::device; })
       .def_property_readonly("closed", [](const PyRing& self) { return !self.ring; })
+      .def_property_readonly("handle", [](const PyRing& self) { return self.opened().handle().text(); })
       .def("fileno", [](const PyRing& self) { return self.opened().slots().fd(); })
       .def(
           "reserve",

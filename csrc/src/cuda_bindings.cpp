@@ -41,13 +41,15 @@ void put(Stage& self, Ticket ticket, double timeout_s, std::uint64_t stream, std
 }
 
 void bind_stage(py::module_& module) {
+  py::class_<Device, std::shared_ptr<Device>>(module, "Device")
+      .def(py::init<int>(), py::arg("ordinal"), py::call_guard<Unlocked>());
   py::class_<Stage, std::shared_ptr<Stage>>(module, "Stage")
-      .def(py::init([](const PyRing& ring, int ordinal) {
+      .def(py::init([](const PyRing& ring, std::shared_ptr<Device> device) {
              Ring opened = ring.opened();
              const Unlocked unlocked;
-             return std::make_shared<Stage>(std::move(opened), ordinal);
+             return std::make_shared<Stage>(std::move(opened), std::move(device));
            }),
-           py::arg("ring"), py::arg("ordinal"))
+           py::arg("ring"), py::arg("device"))
       .def(
           "reserve",
           [](Stage& self, std::optional<std::uint64_t> ticket, double timeout_s, std::uint64_t stream) {

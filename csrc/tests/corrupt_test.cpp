@@ -153,10 +153,13 @@ TEST(not_a_ring) {
   CHECK(::ftruncate(zeros.get(), 1 << 20) == 0);
   CHECK(::fcntl(zeros.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) == 0);
   CHECK_THROWS(RingCorrupt, Ring::attach(std::move(zeros), Role::producer));
-  for (const char* handle : {"", "1", "1:", ":1", "1:2:3", "-1:2", "x:y", "0:0", "99999999999:1"}) {
-    CHECK_THROWS(std::invalid_argument, open_handle(handle));
+  for (const char* handle : {"", "1", "1:", ":1", "1:2", "1:2:", "1:2:x", "1:2:3:4", "1:2:3 ", "-1:2:3", "x:y:z",
+                             "0:0:0", "99999999999:1:1", "1:1:fffffffffffffffff"}) {
+    CHECK_THROWS(std::invalid_argument, Handle::parse(handle));
   }
-  CHECK_THROWS(TransportError, open_handle("1073741823:0"));
+  const Handle longest{.pid = 1, .fd = 2, .id = UINT64_MAX};
+  CHECK(Handle::parse("1:2:ff").id == 255 && longest.text() == "1:2:ffffffffffffffff");
+  CHECK_THROWS(TransportError, Handle::parse("1073741823:0:0").open());
 }
 
 TEST(segment_cannot_be_shrunk_or_unsealed) {
@@ -168,9 +171,9 @@ TEST(segment_cannot_be_shrunk_or_unsealed) {
 TEST(ten_thousand_cycles_leave_nothing) {
   const auto cycle = [] {
     const Ring ring = make_ring(2, 64);
-    const std::string handle = std::to_string(::getpid()) + ":" + std::to_string(ring.slots().fd());
-    const Ring producer = Ring::attach(open_handle(handle), Role::producer);
-    Ring consumer = Ring::attach(open_handle(handle), Role::consumer);
+    const Handle handle = Handle::parse(ring.handle().text());
+    const Ring producer = Ring::attach(handle, Role::producer);
+    Ring consumer = Ring::attach(handle, Role::consumer);
     write_one(producer, 0, 64);
     read_one(consumer, 0);
     consumer.close();

@@ -33,7 +33,7 @@ Ring make_cuda_ring(Placement placement) {
 }
 
 std::shared_ptr<Stage> stage_of(const Ring& ring, Role role, int device = 0) {
-  return std::make_shared<Stage>(join(ring, role), device);
+  return std::make_shared<Stage>(join(ring, role), std::make_shared<const Device>(device));
 }
 
 // Memory of a device, which is the host's here.

@@ -325,6 +325,30 @@ TEST(stopped_writer_is_not_dead) {
   join_child(pid);
 }
 
+TEST(writer_whose_first_thread_has_ended_is_not_dead) {  // though /proc calls it a zombie
+  const Ring ring = make_ring(1);
+  const Ring consumer = join(ring, Role::consumer);
+  int pipe[2];
+  CHECK(::pipe(pipe) == 0);
+  const pid_t pid = spawn([&] {
+    const Ring producer = join(ring, Role::producer);
+    Lease lease = producer.reserve(0, within(1s));
+    std::thread([&] {
+      char go;
+      CHECK(::read(pipe[0], &go, 1) == 1);
+      fill(lease, 10);
+      lease.commit();
+      std::_Exit(0);
+    }).detach();
+    ::syscall(SYS_exit, 0);
+  });
+  while (process_stat(pid).value_or(ProcessStat{}).state != 'Z') std::this_thread::sleep_for(1ms);
+  CHECK_THROWS(RingTimeout, consumer.receive(0, within(30ms)));
+  CHECK(::write(pipe[1], "x", 1) == 1);
+  CHECK(read_one(consumer, 0) == 0);
+  CHECK(join_child(pid) == 0);
+}
+
 TEST(forked_child_is_no_peer) {
   const Ring ring = make_ring(2);
   const Ring consumer = join(ring, Role::consumer);

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdflow.errors import PeerDied, RingCorrupt, RingTimeout, TransportError
+from kdflow.errors import PeerDied, RingCorrupt, RingTimeout
 from kdflow.tracing import OFF, Trace
-from kdflow.transport.claim import claim
+from kdflow.transport.claim import claim, grant_again
 from kdflow.transport.cuda_ring import CudaRing
 from kdflow.transport.ring import HiddenRing, RequestRing
 from kdflow.transport.slots import ReadSlot
@@ -237,20 +237,10 @@ class HiddenStatesClient:
             try:
                 return self._wait(request.ticket, requests)
             except PeerDied:
-                if num_resends == self._max_resends or not self._granted_again(request.ticket):
+                if num_resends == self._max_resends or not grant_again(self._hidden, request.ticket):
                     raise
             requests.send(request.encode(), timeout_s=self._timeout_s)
             num_resends += 1
-
-    def _granted_again(self, ticket: int) -> bool:
-        """False where nobody died over its slot: the request is still in its ring, and nobody is there to take it."""
-        if self._hidden.is_free(ticket):
-            return False
-        try:
-            self._hidden.reclaim(ticket)
-        except TransportError:  # somebody came and took it meanwhile
-            return False
-        return True
 
     def _wait(self, ticket: int, requests: RequestRing) -> ReadSlot:
         """The data ring knows whether any teacher lives, the request ring whether the one that was asked does."""

@@ -21,3 +21,17 @@ def claim(ring: HiddenRing | CudaRing, ticket: int, *, timeout_s: float = 30.0) 
         if type(error) is not TransportError or error.ticket is None:
             raise
         return None
+
+
+def grant_again(ring: HiddenRing | CudaRing, ticket: int) -> bool:
+    """Consumer: after PeerDied, whether the ticket is to be asked for again.
+
+    False where nobody died over its slot: what was asked is still in its ring, and nobody is there to take it.
+    """
+    if ring.is_free(ticket):
+        return False
+    try:
+        ring.reclaim(ticket)
+    except TransportError:  # somebody came and took it meanwhile
+        return False
+    return True

@@ -228,13 +228,13 @@ class CudaRing(_Ring):
         producer finds them when it first reserves.
         """
         ordinal = device_ordinal(device)
-        ring = cls(_ring.Ring.attach(source, role=role, guard=False, max_spin_us=_MAX_SPIN_US), is_peer=True)
+        on = _ring.Device(ordinal)  # without one nothing is to show in the ring
+        native = _ring.Ring.attach(source, role=role, many_consumers=cls._many_consumers, max_spin_us=_MAX_SPIN_US)
+        ring = cls(native, is_peer=True)
         try:
-            if ring._native.many_consumers:
-                raise ValueError(f"{ring.name}: carries requests, not tensors; attach it as RequestRing")
-            ring._stage = _ring.Stage(ring._native, ordinal)
+            ring._stage = _ring.Stage(native, on)
         except BaseException:
-            ring._native.close()
+            native.close()
             raise
         ring.device = ordinal
         ring._finalizer = weakref.finalize(ring, _close, ring._stage, ring._native, 10.0, 1.0)

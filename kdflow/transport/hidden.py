@@ -72,7 +72,7 @@ class Seats:
 
     def __init__(self, requests: str, hidden: Iterable[str], turns: str | None = None) -> None:
         self._requests = RequestRing.attach(requests, role="consumer")
-        self._hidden = [_ring.Ring.attach(handle, role="producer", guard=False) for handle in hidden]
+        self._hidden = [_ring.Ring.attach(handle, role="producer", many_consumers=False) for handle in hidden]
         self._turns = None if turns is None else HiddenRing.attach(turns, role="producer")
 
     def has_students(self) -> bool:

@@ -14,7 +14,6 @@ The protocol is csrc/include/kdflow/ring.hpp, its description docs/ring.md. Torc
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -74,14 +73,10 @@ class _Ring:
         guard=True is for debugging: a slot's pages are inaccessible while this peer does not hold it, and
         read-only while it reads, so that every use of a view after release is a segmentation fault.
         """
-        ring = cls(_ring.Ring.attach(source, role=role, guard=guard), is_peer=True)
-        if ring._native.many_consumers != cls._many_consumers:
-            ring.close()
-            raise ValueError(f"{ring.name}: not a {cls.__name__}; attach it with the other class")
-        if ring._native.in_device_memory:
-            ring.close()
-            raise ValueError(f"{ring.name}: its slots are device memory; attach it as CudaRing")
-        return ring
+        native = _ring.Ring.attach(
+            source, role=role, many_consumers=cls._many_consumers, in_device_memory=False, guard=guard
+        )
+        return cls(native, is_peer=True)
 
     @property
     def name(self) -> str:
@@ -97,8 +92,8 @@ class _Ring:
 
     @property
     def handle(self) -> str:
-        """ "pid:fd": opens for processes of the same user and pid namespace while this process keeps the ring."""
-        return f"{os.getpid()}:{self.fileno()}"
+        """ "pid:fd:id": opens for processes of the same user and pid namespace while this process keeps the ring."""
+        return self._native.handle
 
     def fileno(self) -> int:
         """The memfd, for inheritance or SCM_RIGHTS. Not pollable: see ready_fd()."""

@@ -12,7 +12,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kdflow.transport.claim import claim
+from kdflow.errors import PeerDied
+from kdflow.transport.claim import claim, grant_again
 from kdflow.transport.ring import HiddenRing, RequestRing
 from kdflow.transport.slots import ReadSlot
 
@@ -79,23 +80,40 @@ class Turns:
         self._asleep: list[ReadSlot] = []
 
     def teachers_sleep(self) -> None:
-        """Returns when every worker sleeps.
+        """Returns when every worker sleeps; one that dies while it says so may come back and say it again.
 
         Raises:
-            PeerDied: no worker is left.
+            PeerDied: one died, and nobody will come in its place; or no worker is left.
             RingTimeout: one took too long.
         """
         first, self._next_ticket = self._next_ticket, self._next_ticket + len(self._workers)
         tickets = range(first, self._next_ticket)
         for ticket, requests in zip(tickets, self._workers, strict=True):
             requests.send(SleepOrder.encode(ticket), timeout_s=self._timeout_s)
-        self._asleep = [self._ring.receive(ticket, timeout_s=self._timeout_s) for ticket in tickets]
+        self._asleep = [
+            self._receive(ticket, requests) for ticket, requests in zip(tickets, self._workers, strict=True)
+        ]
 
     def wake_teachers(self) -> None:
         """Returns at once; a worker that wakes is checked before it answers anything."""
         for slot in self._asleep:
             slot.release()
         self._asleep = []
+
+    def _receive(self, ticket: int, requests: RequestRing) -> ReadSlot:
+        """An order whose worker died over the record is sent again: another one may have passed it over."""
+        end = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                return self._ring.receive(ticket, timeout_s=max(0.0, end - time.monotonic()))
+            except PeerDied:
+                if not self._has_successor(requests) or not grant_again(self._ring, ticket):
+                    raise
+            requests.send(SleepOrder.encode(ticket), timeout_s=self._timeout_s)
+
+    def _has_successor(self, requests: RequestRing) -> bool:
+        """Whether a place of a worker that died is kept, as far as the ring tells: others may be its readers, too."""
+        return requests.stats().consumers.live >= self._workers.count(requests)
 
 
 def create_turn_ring(num_workers: int) -> HiddenRing:

@@ -375,8 +375,11 @@ def test_slot_is_of_no_use_after_it_was_given_back() -> None:
 @on_fake_driver
 def test_rings_are_attached_by_the_right_class() -> None:
     with CudaRing.create(name="device", num_slots=1, slot_bytes=64, placement="device") as made:
-        with pytest.raises(ValueError, match="its slots are device memory; attach it as CudaRing"):
+        with pytest.raises(ValueError, match="expected slots in host memory, got device memory; attach it as CudaRing"):
             HiddenRing.attach(made.handle, role="consumer")
+        with pytest.raises(ValueError, match="device: expected 0 to 1, got 2"):
+            CudaRing.attach(made.handle, role="consumer", device=2)
+        assert made.stats().consumers.attached == 0  # whoever was there for a moment would count as dead
         with pytest.raises(TransportError, match="created but not attached"):
             made.reserve()
         assert made.peers() == {"producer": (), "consumer": ()}

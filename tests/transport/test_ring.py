@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.masked import masked_tensor
 
 from kdflow.errors import PeerDied, RingCorrupt, RingTimeout, SlotAborted, TransportError
-from kdflow.transport.ring import HiddenRing, RequestRing
+from kdflow.transport.ring import HiddenRing
 from support.ring import Child, hang, write
 
 DTYPES = [
@@ -404,16 +404,14 @@ def test_ring_outlives_its_creator() -> None:
 
 
 def test_wrong_sources(ring: HiddenRing) -> None:
-    with pytest.raises(ValueError, match='expected "pid:fd", got "nonsense"'):
+    with pytest.raises(ValueError, match='expected "pid:fd:id", got "nonsense"'):
         HiddenRing.attach("nonsense", role="producer")
     with pytest.raises(TransportError, match="cannot open ring handle"):
-        HiddenRing.attach(f"{os.getpid()}:9999", role="producer")
+        HiddenRing.attach(f"{os.getpid()}:9999:1", role="producer")
     with open("/dev/null") as null, pytest.raises(RingCorrupt, match="not a kdflow ring"):
         HiddenRing.attach(null.fileno(), role="producer")
     with pytest.raises(ValueError, match="role"):
         HiddenRing.attach(ring.handle, role="reader")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="not a RequestRing"):
-        RequestRing.attach(ring.handle, role="producer")
     with pytest.raises(ValueError, match="timeout_s"):
         HiddenRing.attach(ring.handle, role="consumer").receive(timeout_s=float("nan"))
     with pytest.raises(ValueError, match="num_slots must be in"):

@@ -1,4 +1,4 @@
-"""The ends of rings: closed while in use, processes that end, and memory that is no ring at all."""
+"""The ends of rings: closed while in use, processes that end; memory that is no ring, or not any more, or too much."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from kdflow.errors import RingCorrupt, TransportError
 from kdflow.transport.ring import HiddenRing
-from support.ring import write
+from support.ring import Child, write
 
 
 @pytest.mark.parametrize("role", ["producer", "consumer"])
@@ -74,3 +75,35 @@ def test_memory_that_is_no_ring_is_not_filled() -> None:
         HiddenRing.attach(fd, role="producer")
     assert os.fstat(fd).st_blocks * 512 < 1 << 20
     os.close(fd)
+
+
+def test_handle_of_a_ring_that_was_closed(tmp_path: Path) -> None:
+    """Its descriptor is another's by now."""
+    first = HiddenRing.create(name="first", num_slots=1, slot_bytes=64)
+    handle, fd = first.handle, first.fileno()
+    del first
+    second = HiddenRing.create(name="second", num_slots=1, slot_bytes=64)
+    assert second.fileno() == fd
+    with pytest.raises(TransportError, match=rf"ring handle {handle}: .* found the ring second in its place; ask for"):
+        HiddenRing.attach(handle, role="producer")
+    assert second.stats().producers.attached == 0
+    del second
+    with (tmp_path / "file").open("w") as file:
+        assert file.fileno() == fd
+        with pytest.raises(TransportError, match=rf"ring handle {handle}: .* found another file in its place"):
+            HiddenRing.attach(handle, role="producer")
+    with pytest.raises(TransportError, match=rf"cannot open ring handle {handle}"):
+        HiddenRing.attach(handle, role="producer")
+
+
+def test_more_memory_than_there_is_is_an_error() -> None:
+    """Not the end of this process, or of others, by the kernel; the child is the first that it would choose."""
+
+    def create() -> None:
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+        with pytest.raises(
+            TransportError, match=r"large: cannot allocate \d+ bytes .* only \d+ are available; use fewer"
+        ):
+            HiddenRing.create(name="large", num_slots=8, slot_bytes=1 << 40)
+
+    assert Child(create).join() == 0

@@ -116,6 +116,73 @@ def test_reason_of_an_abort_may_be_long_and_in_any_language(ring: HiddenRing) ->
         consumer.receive(0)
 
 
+def test_who_is_refused_was_never_a_peer(ring: HiddenRing) -> None:
+    """Others would take it for one that died."""
+    requests = RequestRing.create(name="requests", num_slots=1, slot_bytes=64)
+    with pytest.raises(ValueError, match="expected a ring of tensors, got one of requests; attach it as RequestRing"):
+        HiddenRing.attach(requests.handle, role="consumer")
+    with pytest.raises(ValueError, match="expected a ring of requests, got one of tensors; attach it as HiddenRing or"):
+        RequestRing.attach(ring.handle, role="producer")
+    with RequestRing.attach(requests.handle, role="producer") as sender:
+        sender.send(b"fills it")
+        with pytest.raises(RingTimeout, match="no consumer is attached"):
+            sender.send(b"waits for the first receiver", timeout_s=0.15)
+    assert requests.stats().consumers.attached == ring.stats().producers.attached == 0
+
+
+@pytest.mark.parametrize("role", ["producer", "consumer"])
+def test_a_peer_that_becomes_another_program_is_gone(ring: HiddenRing, role: str) -> None:
+    """exec() keeps pid and start time, and the pidfd of others, but no memory."""
+    here, there = os.pipe()
+
+    def become() -> None:
+        peer = HiddenRing.attach(ring.handle, role=role)  # pyright: ignore[reportArgumentType]
+        held = peer.reserve(0) if role == "producer" else peer.receive(0)
+        os.read(here, 1)
+        os.execv("/bin/sleep", ["sleep", str(60 + held.ticket)])
+
+    other = HiddenRing.attach(ring.handle, role="consumer" if role == "producer" else "producer")
+    if role == "consumer":
+        write(other, 0, 1)
+    child = Child(become)
+    while other.peers()[role] != (child.pid,):  # pyright: ignore[reportArgumentType]
+        time.sleep(0.001)
+    os.write(there, b"x")
+    with pytest.raises(PeerDied):
+        other.receive(0, timeout_s=20) if role == "producer" else other.reserve(4, timeout_s=20)
+    assert ring.stats().died == 1
+    child.kill()
+
+
+def test_forked_child_may_look_while_its_parent_looks(ring: HiddenRing) -> None:
+    """Other threads of the parent may hold any lock at the time of the fork."""
+    child = Child(lambda: hang(HiddenRing.attach(ring.handle, role="producer")))
+    consumer = HiddenRing.attach(ring.handle, role="consumer")
+    consumer.wait_for_peer(timeout_s=20)
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            consumer.wait_for_peer()
+
+    def look_once() -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a handler would not run where it hangs
+        signal.alarm(10)
+        assert consumer.peers()["producer"] == (child.pid,)
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(50):
+            assert Child(look_once).join() == 0
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    child.kill()
+
+
 def test_forked_child_must_attach_anew(ring: HiddenRing) -> None:
     producer = HiddenRing.attach(ring.handle, role="producer")
     consumer = HiddenRing.attach(ring.handle, role="consumer")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -9,11 +11,11 @@ from collections.abc import Iterator
 import pytest
 
 from kdflow.errors import PeerDied
-from kdflow.transport import HiddenRing, RequestRing, SleepOrder, Turns, create_turn_ring
+from kdflow.transport import HiddenRing, RequestRing, Seats, SleepOrder, Turns, create_turn_ring
 from support.processes import Spawned, say
 
 
-def work(requests: str, turns: str, hang: bool) -> None:
+def work(requests: str, turns: str, how_it_ends: str) -> None:
     """A worker that knows nothing but sleep."""
     ring, orders = HiddenRing.attach(turns, role="producer"), RequestRing.attach(requests, role="consumer")
     say("here")
@@ -24,8 +26,12 @@ def work(requests: str, turns: str, hang: bool) -> None:
             return say("nobody to ask")
         assert order is not None
         say(f"order {order.ticket}")
-        if hang:
+        if how_it_ends == "hangs":
             time.sleep(120)
+        if how_it_ends == "dies over its word":
+            held = ring.reserve(order.ticket)
+            os.kill(os.getpid(), signal.SIGKILL)
+            held.commit()
         if not order.fulfil(ring, timeout_s=30.0):
             return say("left asleep")
         say("woke")
@@ -39,8 +45,8 @@ class Student:
         self.consumer = HiddenRing.attach(self.ring.handle, role="consumer")
         self.turns = Turns([self.sender] * num_workers, self.consumer, timeout_s=30.0)
 
-    def worker(self, *, hang: bool = False) -> Spawned:
-        spawned = Spawned(work, self.requests.handle, self.ring.handle, hang)
+    def worker(self, how_it_ends: str = "") -> Spawned:
+        spawned = Spawned(work, self.requests.handle, self.ring.handle, how_it_ends)
         assert spawned.line() == "here"
         return spawned
 
@@ -69,7 +75,7 @@ def test_each_worker_sleeps_once_a_turn(student: Student) -> None:
 
 
 def test_an_order_outlives_its_worker(student: Student) -> None:
-    first, second = student.worker(), student.worker(hang=True)
+    first, second = student.worker(), student.worker("hangs")
     asleep = threading.Thread(target=student.turns.teachers_sleep)
     asleep.start()
     told = {first.line(), second.line()}
@@ -81,6 +87,32 @@ def test_an_order_outlives_its_worker(student: Student) -> None:
     assert not asleep.is_alive()
     student.turns.wake_teachers()
     assert (first.line(), third.line()) == ("woke", "woke")
+
+
+def test_a_worker_that_dies_over_its_word_may_come_back(student: Student) -> None:
+    seats = [Seats(student.requests.handle, [], student.ring.handle) for _ in range(2)]
+    second = student.worker("dies over its word")
+    asleep = threading.Thread(target=student.turns.teachers_sleep)
+    asleep.start()
+    assert second.join() == -signal.SIGKILL
+    workers = [student.worker() for _ in range(2)]
+    asleep.join(30)
+    assert not asleep.is_alive()
+    for _ in range(2):  # with what is left of the order that was sent twice
+        assert student.ring.stats().reading == 2
+        student.turns.wake_teachers()
+        student.turns.teachers_sleep()
+    for seat in seats:
+        seat.leave()
+    student.leave()
+    assert [worker.join() for worker in workers] == [0, 0]
+
+
+def test_where_nobody_comes_back_the_death_is_told(student: Student) -> None:
+    first, second = student.worker(), student.worker("dies over its word")
+    with pytest.raises(PeerDied, match=f"producer pid {second.pid} died while writing it"):
+        student.turns.teachers_sleep()
+    first.kill()
 
 
 def test_an_order_that_was_fulfilled_is_passed_over(student: Student) -> None:

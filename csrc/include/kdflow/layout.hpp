@@ -27,7 +27,7 @@ inline constexpr std::uint64_t kMaxSlots = 1u << 16;
 inline constexpr std::uint64_t kMaxSlotBytes = std::uint64_t{1} << 40;
 inline constexpr std::size_t kMaxDims = 8;
 inline constexpr std::uint64_t kMagic = 0x31474e495246444b;  // "KDFRING1"
-inline constexpr std::uint32_t kVersion = 2;
+inline constexpr std::uint32_t kVersion = 3;
 
 using AtomicWord = std::atomic<std::uint64_t>;
 static_assert(AtomicWord::is_always_lock_free, "a lock inside an atomic would not work across processes");
@@ -52,6 +52,7 @@ struct Header {
   std::uint64_t payload_offset;
   std::uint64_t segment_bytes;
   std::uint64_t pid_namespace;
+  std::uint64_t id;        // random: tells the ring from whatever else its handle may open
   std::uint32_t checksum;  // 0 or 1
   Placement placement;     // of the payload
   char name[48];
@@ -59,7 +60,7 @@ struct Header {
 
   std::uint32_t expected_crc() const { return crc32c(this, offsetof(Header, crc)); }
 };
-static_assert(sizeof(Header) <= 2 * kCacheLine && std::is_trivially_copyable_v<Header>);
+static_assert(sizeof(Header) <= 4 * kCacheLine && std::is_trivially_copyable_v<Header>);
 
 // Hints only: the truth is in the control words, so a peer killed between a slot and its cursor
 // costs nothing.
@@ -83,7 +84,8 @@ struct Counters {
 
 struct alignas(kCacheLine) PeerEntry {
   AtomicWord identity;    // PeerIdentity
-  AtomicWord start_time;  // of the process, in clock ticks since boot: tells a reused pid
+  AtomicWord start_time;  // Incarnation of the process, process.hpp
+  AtomicWord stack;
 };
 
 // Written by the owner of a slot in phase writing, read by the owner of the same slot in phase

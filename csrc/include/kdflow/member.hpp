@@ -23,6 +23,8 @@ struct AttachOptions {
   bool guard = false;                  // debugging: a slot's pages are inaccessible while it is not held
   std::chrono::milliseconds tick{50};  // how often a waiting peer looks after the others
   std::chrono::nanoseconds max_spin = SpinBudget::kMax;
+  std::optional<RingKind> kind{};        // another one is refused
+  std::optional<Placement> placement{};  // another one is refused
 };
 
 class Member {

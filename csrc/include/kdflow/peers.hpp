@@ -30,7 +30,8 @@ class PeerTable {
       const PeerIdentity claimed = seen.claimed(role, watch_.self_pid());
       if (!exchange(index, seen, claimed)) continue;
       KDFLOW_FAULT("peer_claimed");
-      entries_[index].start_time.store(watch_.self_start(), std::memory_order_relaxed);
+      entries_[index].start_time.store(watch_.self().start_time, std::memory_order_relaxed);
+      entries_[index].stack.store(watch_.self().stack, std::memory_order_relaxed);
       if (!exchange(index, claimed, claimed.live())) {
         throw TransportError(ring_ + ": another peer took this process for dead while it attached");
       }
@@ -56,7 +57,10 @@ class PeerTable {
   }
 
   bool alive(const Peer& peer) {
-    return watch_.alive(peer.index, peer.identity, entries_[peer.index].start_time.load(std::memory_order_relaxed));
+    const PeerEntry& entry = entries_[peer.index];
+    return watch_.alive(
+        peer.index, peer.identity,
+        {entry.start_time.load(std::memory_order_relaxed), entry.stack.load(std::memory_order_relaxed)});
   }
 
   // orphan(peer) gives the slots of a dead peer back, may run in several processes at once, and is

@@ -1,5 +1,4 @@
-// Is that process still the one we knew? pidfd where the kernel has it, start time to tell a reused
-// pid.
+// Is that process still the one we knew? pidfd where the kernel has it; /proc to tell a reused pid and another program.
 #pragma once
 
 #include <fcntl.h>
@@ -12,13 +11,16 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <mutex>
 #include <optional>
 #include <string>
 
+#include "kdflow/futex.hpp"
 #include "kdflow/layout.hpp"
 #include "kdflow/segment.hpp"
 
@@ -36,10 +38,23 @@ inline pid_t current_pid() {
   return known_pid.load(std::memory_order_relaxed);
 }
 
+// Tells processes apart that have one pid after the other, by their start in clock ticks since boot, and programs that
+// one process ran after the other by exec(), by the random address where their stack begins. 0: not known.
+struct Incarnation {
+  std::uint64_t start_time = 0, stack = 0;
+
+  bool may_be(const Incarnation& other) const {
+    const auto same = [](std::uint64_t a, std::uint64_t b) { return a == b || a == 0 || b == 0; };
+    return same(start_time, other.start_time) && same(stack, other.stack);
+  }
+};
+
 struct ProcessStat {
-  char state;
-  std::uint64_t start_time;
-  bool running() const { return state != 'Z' && state != 'X'; }
+  char state = 'X';
+  std::uint64_t num_threads = 0;
+  Incarnation incarnation{};
+  // Where the first thread has ended and others go on, the state is that of a dead process.
+  bool running() const { return (state != 'Z' && state != 'X') || num_threads > 1; }
 };
 
 // nullopt: errno says why.
@@ -52,14 +67,18 @@ inline std::optional<ProcessStat> process_stat(std::int32_t pid) {
   const ssize_t size = ::read(fd.get(), text, sizeof text - 1);
   if (size <= 0) return std::nullopt;
   text[size] = '\0';
-  // "pid (name) state ppid ...": the name may hold anything, so count fields from the last
-  // parenthesis; field 22.
+  // "pid (name) state ppid ...": the name may hold anything, so fields are counted from the last parenthesis.
   const char* cursor = std::strrchr(text, ')');
   if (cursor == nullptr || cursor[1] != ' ') return std::nullopt;
   const char state = cursor[2];
-  for (int field = 2; field < 22 && cursor != nullptr; ++field) cursor = std::strchr(cursor + 1, ' ');
-  if (cursor == nullptr) return std::nullopt;
-  return ProcessStat{state, std::strtoull(cursor, nullptr, 10)};
+  std::uint64_t numbers[29] = {};
+  ++cursor;
+  for (std::size_t field = 4; field < std::size(numbers); ++field) {
+    cursor = std::strchr(cursor + 1, ' ');
+    if (cursor == nullptr) return std::nullopt;
+    numbers[field] = std::strtoull(cursor, nullptr, 10);
+  }
+  return ProcessStat{state, numbers[20], {numbers[22], numbers[28]}};
 }
 
 inline std::uint64_t pid_namespace() {
@@ -101,47 +120,49 @@ class PeerIdentity {
 // Watches the processes behind a peer table. Thread-safe; only slow paths come here.
 class ProcessWatch {
  public:
-  bool alive(std::size_t index, PeerIdentity identity, std::uint64_t start_time) {
+  bool alive(std::size_t index, PeerIdentity identity, Incarnation incarnation) {
     const std::int32_t pid = identity.pid();
-    // While a peer is still attaching, its start time is its predecessor's, and its pid is all we know.
-    const bool known = identity.state() == PeerIdentity::State::live && start_time != 0;
-    if (pid == self_pid_ && pid == current_pid()) {  // in a forked child it is the parent's
-      return !known || self_start_ == 0 || start_time == self_start_;
-    }
+    // While a peer is still attaching, the rest is its predecessor's, and its pid is all we know.
+    if (identity.state() != PeerIdentity::State::live) incarnation = {};
     if (pid <= 0) return false;
+    // In a forked child, where a thread that does not exist may hold the mutex.
+    if (current_pid() != self_pid_) return looks_alive(pid, incarnation);
+    if (pid == self_pid_) return incarnation.may_be(self_);
     const std::scoped_lock lock(mutex_);
     Watched& watched = watched_[index];
     if (watched.identity != identity) {
       UniqueFd pidfd(open_pidfd(pid));
       if (!pidfd && errno == ESRCH) return false;
       // The pidfd first, then the start time: the pid cannot change hands in between.
-      const std::optional<bool> same = is_running(pid, known, start_time);
+      const std::optional<bool> same = is_running(pid, incarnation);
       if (!same.value_or(false)) return !same && exists(pid);
-      watched = Watched{identity, std::move(pidfd)};
+      watched = Watched{identity, std::move(pidfd), Clock::now() + kLookForExec};
     }
     if (watched.pidfd) {
       pollfd poll{watched.pidfd.get(), POLLIN, 0};
-      return ::poll(&poll, 1, 0) <= 0;
+      if (::poll(&poll, 1, 0) > 0) return false;
+      if (Clock::now() < watched.next_look) return true;
+      watched.next_look = Clock::now() + kLookForExec;  // of which a pidfd does not tell
     }
-    // No pidfd: an old kernel, a sandbox, or no descriptor left.
-    const std::optional<bool> same = is_running(pid, known, start_time);
-    return same ? *same : exists(pid);
+    return looks_alive(pid, incarnation);
   }
 
   std::int32_t self_pid() const { return self_pid_; }
-  std::uint64_t self_start() const { return self_start_; }
+  const Incarnation& self() const { return self_; }
 
  private:
   struct Watched {
     PeerIdentity identity;
-    UniqueFd pidfd;
+    UniqueFd pidfd;  // none: an old kernel, a sandbox, or no descriptor left
+    Clock::time_point next_look;
   };
+  static constexpr std::chrono::seconds kLookForExec{1};
 
   static int open_pidfd(std::int32_t pid) { return static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)); }
 
   // nullopt: /proc does not tell, as when no descriptor is left.
-  static std::optional<bool> is_running(std::int32_t pid, bool known, std::uint64_t start_time) {
-    if (const auto stat = process_stat(pid)) return stat->running() && (!known || stat->start_time == start_time);
+  static std::optional<bool> is_running(std::int32_t pid, const Incarnation& incarnation) {
+    if (const auto stat = process_stat(pid)) return stat->running() && incarnation.may_be(stat->incarnation);
     if (errno == ENOENT || errno == ESRCH) return false;
     return std::nullopt;
   }
@@ -149,8 +170,13 @@ class ProcessWatch {
   // In doubt yes: one who lives and is taken for dead writes into a slot that gets a second writer.
   static bool exists(std::int32_t pid) { return ::kill(pid, 0) == 0 || errno != ESRCH; }
 
+  static bool looks_alive(std::int32_t pid, const Incarnation& incarnation) {
+    const std::optional<bool> same = is_running(pid, incarnation);
+    return same ? *same : exists(pid);
+  }
+
   std::int32_t self_pid_ = ::getpid();
-  std::uint64_t self_start_ = process_stat(::getpid()).value_or(ProcessStat{}).start_time;
+  Incarnation self_ = process_stat(::getpid()).value_or(ProcessStat{}).incarnation;
   std::mutex mutex_;
   std::array<Watched, kMaxPeers> watched_;
 };

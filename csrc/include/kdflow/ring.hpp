@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "kdflow/handle.hpp"
 #include "kdflow/lease.hpp"
 
 namespace kdflow {
@@ -64,6 +65,7 @@ class Ring {
     header.checksum = config.checksum ? 1 : 0;
     header.placement = config.placement;
     header.pid_namespace = pid_namespace();
+    header.id = random_id();
     if (config.num_slots == 0 || config.num_slots > kMaxSlots) {
       fail("num_slots must be in 1.." + std::to_string(kMaxSlots) + ", got " + std::to_string(config.num_slots));
     }
@@ -87,8 +89,16 @@ class Ring {
 
   static Ring attach(UniqueFd fd, Role role, const AttachOptions& options = {}) {
     auto segment = std::make_shared<const Segment>(Segment::attach(std::move(fd)));
-    const Header header = read_header(*segment);  // before the memory is filled, for it may be no ring's
-    segment->populate();
+    const Header header = read_header(*segment);
+    return join(std::move(segment), header, role, options);
+  }
+
+  static Ring attach(const Handle& handle, Role role, const AttachOptions& options = {}) {
+    UniqueFd fd = handle.open();
+    if (!Segment::is_sealed(fd)) handle.throw_stale("another file");
+    auto segment = std::make_shared<const Segment>(Segment::attach(std::move(fd)));
+    const Header header = read_header(*segment);
+    if (header.id != handle.id) handle.throw_stale(std::string("the ring ") + header.name);
     return join(std::move(segment), header, role, options);
   }
 
@@ -97,6 +107,8 @@ class Ring {
     const Header header = read_header(*segment);
     return join(std::move(segment), header, role, options);
   }
+
+  Handle handle() const { return {::getpid(), slots().fd(), slots().header().id}; }
 
   // The mapping lives on until the last lease is gone.
   void close() { member_->leave(); }
@@ -246,8 +258,28 @@ class Ring {
     return header;
   }
 
+  // Before anything of it shows in the ring: others would see a peer that comes and dies.
+  static void check_kind(const Header& header, const AttachOptions& options) {
+    const std::string name(header.name);
+    const auto kind = [](RingKind of) { return of == RingKind::data ? "tensors" : "requests"; };
+    const bool is_data = header.kind == RingKind::data;
+    if (options.kind && *options.kind != header.kind) {
+      throw std::invalid_argument(name + ": expected a ring of " + kind(*options.kind) + ", got one of " +
+                                  kind(header.kind) + "; attach it as " +
+                                  (is_data ? "HiddenRing or CudaRing" : "RequestRing"));
+    }
+    const auto memory = [](Placement of) { return of == Placement::host ? "host" : "device"; };
+    if (options.placement && *options.placement != header.placement) {
+      throw std::invalid_argument(name + ": expected slots in " + memory(*options.placement) + " memory, got " +
+                                  memory(header.placement) + " memory; attach it as " +
+                                  (header.placement == Placement::host ? "HiddenRing" : "CudaRing"));
+    }
+  }
+
   static Ring join(std::shared_ptr<const Segment> segment, const Header& header, Role role,
                    const AttachOptions& options) {
+    check_kind(header, options);
+    segment->populate();  // only now, for it might have been another's memory
     Ring ring(std::make_shared<Member>(std::move(segment), header, options));
     ring.member_->join(role);
     return ring;

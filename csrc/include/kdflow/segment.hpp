@@ -10,14 +10,14 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <charconv>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <utility>
 
+#include "kdflow/available.hpp"
 #include "kdflow/errors.hpp"
 
 namespace kdflow {
@@ -49,6 +49,10 @@ struct SegmentOptions {
 class Segment {
  public:
   static Segment create(const std::string& name, std::size_t bytes, const SegmentOptions& options) {
+    if (const std::uint64_t available = available_bytes(); !options.huge_pages && bytes > available) {
+      throw TransportError(name + ": cannot allocate " + std::to_string(bytes) + " bytes of shared memory, only " +
+                           std::to_string(available) + " are available; use fewer or smaller slots");
+    }
     UniqueFd fd = make_memfd(name, options.huge_pages);
     if (::ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0) throw_errno(name + ": ftruncate");
     const std::string remedy =
@@ -70,10 +74,14 @@ class Segment {
     return segment;
   }
 
+  static bool is_sealed(const UniqueFd& fd) {
+    const int seals = ::fcntl(fd.get(), F_GET_SEALS);
+    return seals >= 0 && (seals & F_SEAL_SHRINK) != 0 && (seals & F_SEAL_GROW) != 0;
+  }
+
   // Refuses whatever could shrink under the mapping.
   static Segment attach(UniqueFd fd) {
-    const int seals = ::fcntl(fd.get(), F_GET_SEALS);
-    if (seals < 0 || (seals & F_SEAL_SHRINK) == 0 || (seals & F_SEAL_GROW) == 0) {
+    if (!is_sealed(fd)) {
       throw RingCorrupt("fd " + std::to_string(fd.get()) + " is not a kdflow ring: expected a memfd sealed in size");
     }
     struct stat status{};
@@ -133,27 +141,5 @@ class Segment {
   void* base_ = nullptr;
   std::size_t bytes_ = 0;
 };
-
-// "pid:fd" of a process of the same user in the same pid namespace.
-inline UniqueFd open_handle(std::string_view handle) {
-  const std::size_t colon = handle.find(':');
-  int pid = 0;
-  int fd = -1;
-  const auto parse = [](std::string_view text, int& value) {
-    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-    return error == std::errc{} && end == text.data() + text.size();
-  };
-  if (colon == std::string_view::npos || !parse(handle.substr(0, colon), pid) || !parse(handle.substr(colon + 1), fd) ||
-      pid <= 0 || fd < 0) {
-    throw std::invalid_argument("ring handle: expected \"pid:fd\", got \"" + std::string(handle) + "\"");
-  }
-  const std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(fd);
-  UniqueFd opened(::open(path.c_str(), O_RDWR | O_CLOEXEC));
-  if (!opened) {
-    throw_errno("cannot open ring handle " + std::string(handle) +
-                "; its creator must be running, of the same user and in the same pid namespace");
-  }
-  return opened;
-}
 
 }  // namespace kdflow

@@ -81,10 +81,10 @@ class Stage : public std::enable_shared_from_this<Stage> {
     }
   };
 
-  Stage(Ring ring, int ordinal)
+  Stage(Ring ring, std::shared_ptr<const Device> device)
       : ring_(std::move(ring)),
         role_(ring_.member()->require_joined().identity.role()),
-        device_(std::make_shared<const Device>(ordinal)),
+        device_(std::move(device)),
         completer_(std::make_unique<Completer>(device_, slots().count())) {
     if (!in_device_memory()) {
       memory_ = std::make_shared<PinnedPayload>(device_, slots());

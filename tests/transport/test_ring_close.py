@@ -102,7 +102,7 @@ def test_more_memory_than_there_is_is_an_error() -> None:
     def create() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
         with pytest.raises(
-            TransportError, match=r"large: cannot allocate \d+ bytes .* only \d+ are available; use fewer"
+            TransportError, match=r"large: cannot allocate \d+ bytes .* only \d+ are available, .*; use fewer"
         ):
             HiddenRing.create(name="large", num_slots=8, slot_bytes=1 << 40)
 

@@ -49,9 +49,11 @@ struct SegmentOptions {
 class Segment {
  public:
   static Segment create(const std::string& name, std::size_t bytes, const SegmentOptions& options) {
-    if (const std::uint64_t available = available_bytes(); !options.huge_pages && bytes > available) {
+    const std::uint64_t available = available_bytes();
+    if (!options.huge_pages && bytes > available - available / 8) {  // others need some, too
       throw TransportError(name + ": cannot allocate " + std::to_string(bytes) + " bytes of shared memory, only " +
-                           std::to_string(available) + " are available; use fewer or smaller slots");
+                           std::to_string(available) +
+                           " are available, and an eighth of it stays free; use fewer or smaller slots");
     }
     UniqueFd fd = make_memfd(name, options.huge_pages);
     if (::ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0) throw_errno(name + ": ftruncate");

@@ -82,6 +82,8 @@ def _check_file(path: Path, known: Sequence[str]) -> None:
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             before = []
             for item, _ in node.value:
+                if item.tag == "tag:yaml.org,2002:merge":
+                    continue
                 key = self.construct_object(item, deep)
                 if key in before:
                     raise ConfigError(f'{path}, line {item.start_mark.line + 1}: "{key}" is there twice: give it once')
@@ -119,6 +121,9 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
     hints = get_type_hints(cls)
     names = [item.name for item in fields(cls)]
     given = [name for name in names if values[name] is not None or NoneType in get_args(hints[name])]
+    for name in given:
+        if is_dataclass(hints[name]) and not isinstance(values[name], dict):
+            raise ConfigError(f"{name}: expected options by name, got {values[name]!r}")
     return cls(**{name: _value(hints[name], values[name]) for name in given})
 
 

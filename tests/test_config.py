@@ -44,6 +44,19 @@ def test_several_teachers(tmp_path: Path) -> None:
     assert load_config(None, MINIMAL).named_teachers() == {"": TeacherConfig("t")}
 
 
+def test_options_that_several_share(tmp_path: Path) -> None:
+    text = "output_dir: o\nstudent: {model: s}\ndata: {train: d}\nteachers: {a: &t {model: t}, b: {<<: *t, model: u}}\n"
+    config = load_config(write(tmp_path, text))
+    assert config.teachers == {"a": TeacherConfig("t"), "b": TeacherConfig("u")}
+
+
+@pytest.mark.parametrize("section", ["profile: false", "optimizer: [{eps: 1}]", "training: 3", "observe: 3"])
+def test_a_section_that_is_none(tmp_path: Path, section: str) -> None:
+    text = f"output_dir: o\nstudent: {{model: s}}\ndata: {{train: d}}\n{section}\n"
+    with pytest.raises(ConfigError, match=f"{section.partition(':')[0]}: expected options by name, got "):
+        load_config(write(tmp_path, text))
+
+
 def test_an_option_without_a_value_keeps_its_default(tmp_path: Path) -> None:
     text = (
         "output_dir: o\nteacher:\nstudent: {model: s, lora: , num_ranks: }\ntraining:\ndata: {train: d, loss_roles: }\n"

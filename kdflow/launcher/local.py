@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,8 +30,12 @@ from kdflow.transport import RequestRing, choose_hidden_ring, create_hidden_ring
 
 
 def _print(text: str) -> None:
-    with suppress(OSError):  # it may go to a file, whose disk is full
-        print(text)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # nobody reads it any more, nor what Python would write at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError:  # it may go to a file, whose disk is full
+        pass
 
 
 def run(config: RunConfig, say: Callable[[str], None] = _print) -> bool:

@@ -30,7 +30,7 @@ from kdflow.tracing import FOLDER
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
-# What a run writes into its folder, and so what `overwrite` deletes; the config, by which it is known as a run's, last.
+# What a run writes into its folder, and so what `overwrite` deletes or replaces.
 RUN_ENTRIES = (
     "metrics.jsonl",
     "tensorboard",
@@ -212,8 +212,7 @@ def check_output(config: RunConfig) -> None:
             f"output_dir: {folder} holds a run; add --resume=true to go on with it, "
             "--overwrite=true to replace it, or choose another folder"
         )
-    elif holds_run(folder):
-        _check_kept(config, folder)
+    _check_kept(config, folder)
 
 
 def open_output(config: RunConfig) -> Path:
@@ -225,7 +224,7 @@ def open_output(config: RunConfig) -> Path:
     check_output(config)
     folder = Path(config.output_dir)
     if holds_run(folder) and not config.resume:
-        for name in RUN_ENTRIES:
+        for name in RUN_ENTRIES[:-1]:  # the config, by which it is known as a run's, until the new one takes its place
             path = folder / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -240,7 +239,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def _check_kept(config: RunConfig, folder: Path) -> None:
-    """That nothing of what the run reads is deleted first."""
+    """That nothing of what the run reads is where it writes."""
     given = {"student.model": [config.student.model], "data.cache_dir": [config.data.cache_dir or ""]}
     given |= {f"{teacher_option(name)}.model": [teacher.model] for name, teacher in config.named_teachers().items()}
     given["data.train"] = [item.source for item in config.data.train_sources()]
@@ -253,8 +252,8 @@ def _check_kept(config: RunConfig, folder: Path) -> None:
             names = (path.absolute(), path.resolve())
             if path.exists() and any(name.is_relative_to(entry) for name in names for entry in deleted):
                 raise ConfigError(
-                    f"overwrite: {option} is {value}, which lies in what would be deleted of {folder}; move it away, "
-                    "or choose another output_dir"
+                    f"output_dir: {option} is {value}, which lies in what the run writes in {folder}, or deletes of an "
+                    "earlier one; move it away, or choose another output_dir"
                 )
 
 

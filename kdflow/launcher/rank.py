@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch.distributed import HashStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from kdflow.config import RunConfig, TeacherConfig, named
 from kdflow.errors import ConfigError
 from kdflow.launcher.prepare import CHECKPOINTS, Prepared, prepare, write_config
 from kdflow.modeling import hide_progress_bars, load_lm_head, resolve_device, resolve_dtype
-from kdflow.observe import Progress, Recorder, WandbRecorder
+from kdflow.observe import Progress, Recorder, Terminal, WandbRecorder
 from kdflow.student import CheckpointStore, FSDP2Student, export_model, seed_random_state
 from kdflow.tracing import open_trace
 from kdflow.training import Colocate, NoTeacher, Observer, Overlap, Trainer, plan
@@ -231,7 +230,7 @@ def _observers(config: RunConfig, folder: Path, num_steps_done: int, stack: Exit
         config.training.num_steps,
         first_step=num_steps_done,
         log_every=config.training.log_every,
-        console=Console(),
+        console=Terminal(),
     )
     stack.callback(progress.close)
     recorder = Recorder(folder, first_step=num_steps_done, say=progress.on_warning)

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import spawn
 from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 
@@ -104,6 +105,9 @@ class RankProcess:
                     spec.num_threads, RANK=place.rank, LOCAL_RANK=place.rank, WORLD_SIZE=place.num_ranks
                 ),
             )
+        # As multiprocessing does it: so divergences and the like that the caller's main file registers are there, too.
+        told = spawn.get_preparation_data(f"rank {place.rank}")
+        self._link.send({name: value for name, value in told.items() if name != "authkey"})
         self._link.send((spec, place))
 
     def fileno(self) -> int:
@@ -160,6 +164,7 @@ def _main() -> None:
     if os.getppid() != launcher:  # it had ended before
         return
     with Connection(fd) as link:
+        spawn.prepare(link.recv())
         spec, place = link.recv()
         outcome: Outcome
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 _TOLD = b"\nstopping after this step, with a checkpoint; once more ends at once, without one\n"
@@ -24,7 +24,8 @@ class StopRequest:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        os.write(2, _TOLD)  # `print` may be what the signal came into
+        with suppress(OSError):  # nobody may read it any more
+            os.write(2, _TOLD)  # `print` may be what the signal came into
 
     @contextmanager
     def installed(self) -> Iterator[StopRequest]:

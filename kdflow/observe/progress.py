@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from contextlib import suppress
 from typing import Literal
@@ -31,6 +32,14 @@ class TimeLeft:
             self._warming_up = False
         self._recent.append(metrics.step_s)
         return (self._num_steps - metrics.step) * sum(self._recent) / len(self._recent)
+
+
+class Terminal(Console):
+    """One that may go away, as a pipe's reader does: what is said after that is lost, and the run is not."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Progress:

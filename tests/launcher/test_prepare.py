@@ -170,6 +170,10 @@ def test_an_overwrite_keeps_what_the_run_reads(run_config, tiny: Path) -> None:
     folder = open_output(run_config())
     write_config(run_config(), folder)
     shutil.copytree(tiny / "student", folder / "model")
+    with pytest.raises(ConfigError, match=r"output_dir: student\.model is .*, which lies in what the run writes in"):
+        open_output(
+            run_config(output_dir=folder.parent, student__model=shutil.copytree(folder, folder.parent / "model"))
+        )
     data = jsonl(folder / "logs" / "data.jsonl", [ANSWERED] * 8)
     (folder / "exports").symlink_to(tiny / "teacher")
     for option, value in (
@@ -179,11 +183,11 @@ def test_an_overwrite_keeps_what_the_run_reads(run_config, tiny: Path) -> None:
         ("data.cache_dir", folder / "logs"),
     ):
         config = run_config(overwrite="true", **{option.replace(".", "__"): value})
-        with pytest.raises(ConfigError, match=rf"overwrite: {option} is {value}, which lies in what would be deleted"):
+        with pytest.raises(ConfigError, match=rf"output_dir: {option} is {value}, which lies in what the run"):
             open_output(config)
     assert data.is_file()
     open_output(run_config(overwrite="true"))
-    assert {p.name for p in folder.iterdir()} == {"logs"}
+    assert {p.name for p in folder.iterdir()} == {"logs", "config.yaml"}
     assert (tiny / "teacher" / "config.json").is_file(), "a link is deleted, not what it leads to"
 
 

@@ -180,6 +180,49 @@ def test_the_second_ctrl_c_ends_at_once(run_config) -> None:
     assert not alive(processes)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_run_goes_on_where_nobody_reads_what_it_says(run_config, num_ranks: int) -> None:
+    """As after `| head`, or where Ctrl-C ends `tee` first."""
+    config = run_config(training__num_steps=500, student__num_ranks=num_ranks)
+    with started(config, "step 2/") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stderr.close()
+        seen = len(metrics_of(config, "train"))
+        wait_until(lambda: len(metrics_of(config, "train")) > seen + 2)
+        process.terminate()
+        assert process.wait(timeout=60) == 130
+    done = metrics_of(config, "train")[-1]["step"]
+    assert Path(config.output_dir, "checkpoints", f"step-{done:06d}").is_dir()
+
+
+OWN_DIVERGENCE = """
+import sys
+from dataclasses import dataclass
+from kdflow.config_file import load_config
+from kdflow.launcher.local import run
+from kdflow_kernels import Divergence, register_divergence
+
+@register_divergence("own")
+@dataclass(frozen=True)
+class Own(Divergence):
+    def rows(self, log_p, log_q):
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+if __name__ == "__main__":
+    assert run(load_config(sys.argv[1]))
+"""
+
+
+def test_several_ranks_have_what_the_callers_file_registers(run_config, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN_DIVERGENCE)
+    path = command(run_config(student__num_ranks=2))[4]
+    Path(path).write_text(Path(path).read_text().replace("divergence: forward_kl", "divergence: own"))
+    result = subprocess.run([sys.executable, tmp_path / "mine.py", path], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+
+
 def test_dead_teacher_is_named_and_nothing_hangs(run_config) -> None:
     config = run_config(training__num_steps=500, teacher__max_restarts=0)
     with subprocess.Popen(command(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

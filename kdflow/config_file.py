@@ -92,7 +92,7 @@ def _check_file(path: Path, known: Sequence[str]) -> None:
 
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected options by name, got {type(values).__name__}")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from kdflow.modeling import hide_progress_bars, prune_layers
+from kdflow.modeling import hide_progress_bars, prune_layers, written_aside
 
 CACHE = Path("~/.cache/kdflow").expanduser()
 TEACHER = CACHE / "smollm2-135m-instruct"
@@ -37,12 +37,9 @@ def gguf_folder() -> Path:
 
 
 def save(model: object, tokenizer: object, folder: Path) -> None:
-    """Written aside, then renamed: a folder that exists is whole."""
-    aside = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)  # type: ignore[attr-defined]
-    tokenizer.save_pretrained(aside)  # type: ignore[attr-defined]
-    aside.rename(folder)
+    with written_aside(folder) as aside:
+        model.save_pretrained(aside)  # type: ignore[attr-defined]
+        tokenizer.save_pretrained(aside)  # type: ignore[attr-defined]
     print(f"prepare_models: wrote {folder}")
 
 

@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses, each default in one place.
 
-config_file.py reads it from a YAML file and dotted overrides; nothing changes it afterwards.
+config_file.py reads it from a YAML file and dotted overrides; nothing changes it afterwards. Every option, its text in
+`--help` and its limits stand here and nowhere else, which is why the file is a long one.
 """
 
 from __future__ import annotations

@@ -24,21 +24,15 @@ from kdflow.launcher.ranks import run_ranks
 from kdflow.launcher.stop import StopRequest
 from kdflow.launcher.teachers import TeacherProcess, check_teachers, wait_ready
 from kdflow.modeling import hide_progress_bars, resolve_device
+from kdflow.observe import Terminal
 from kdflow.teacher.worker import WorkerSpec
 from kdflow.tracing import FOLDER, merged_timeline
 from kdflow.transport import RequestRing, choose_hidden_ring, create_hidden_ring, create_turn_ring, request_bytes
 
-
-def _print(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # nobody reads it any more, nor what Python would write at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except OSError:  # it may go to a file, whose disk is full
-        pass
+_terminal = Terminal()
 
 
-def run(config: RunConfig, say: Callable[[str], None] = _print) -> bool:
+def run(config: RunConfig, say: Callable[[str], None] = _terminal.say) -> bool:
     """Distils; False where it was stopped before the end (a checkpoint is there then).
 
     Args:

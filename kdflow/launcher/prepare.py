@@ -30,7 +30,8 @@ from kdflow.tracing import FOLDER
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
-# What a run writes into its folder, and so what `overwrite` deletes or replaces.
+# What a run writes into its folder, and so what `overwrite` deletes; the config, by which it is known as a run's, stays
+# until the new one takes its place.
 RUN_ENTRIES = (
     "metrics.jsonl",
     "tensorboard",
@@ -42,7 +43,6 @@ RUN_ENTRIES = (
     "removing-model",
     "exports",
     FOLDER,
-    CONFIG_FILE,
 )
 
 
@@ -197,7 +197,7 @@ def check_output(config: RunConfig) -> None:
     """
     Raises:
         ConfigError: the folder holds a run and neither `resume` nor `overwrite` is set; or `resume` is and the run
-            there is another one; or `overwrite` is and would delete what the run reads.
+            there is another one; or the run would write where it reads.
     """
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -221,10 +221,10 @@ def open_output(config: RunConfig) -> Path:
     Raises:
         ConfigError: as `check_output`.
     """
-    check_output(config)
+    check_output(config)  # again: it is locked only now
     folder = Path(config.output_dir)
     if holds_run(folder) and not config.resume:
-        for name in RUN_ENTRIES[:-1]:  # the config, by which it is known as a run's, until the new one takes its place
+        for name in RUN_ENTRIES:
             path = folder / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -244,13 +244,13 @@ def _check_kept(config: RunConfig, folder: Path) -> None:
     given |= {f"{teacher_option(name)}.model": [teacher.model] for name, teacher in config.named_teachers().items()}
     given["data.train"] = [item.source for item in config.data.train_sources()]
     given["data.eval"] = [item.source for item in config.data.eval_sources()]
-    deleted = [root / name for root in (folder.absolute(), folder.resolve()) for name in RUN_ENTRIES]
+    written = [root / name for root in (folder.absolute(), folder.resolve()) for name in (*RUN_ENTRIES, CONFIG_FILE)]
     for option, values in given.items():
         for value in filter(None, values):
             path = Path(value.split(":")[0]).expanduser()
             # Of what lies behind a link only the link would be deleted.
             names = (path.absolute(), path.resolve())
-            if path.exists() and any(name.is_relative_to(entry) for name in names for entry in deleted):
+            if path.exists() and any(name.is_relative_to(entry) for name in names for entry in written):
                 raise ConfigError(
                     f"output_dir: {option} is {value}, which lies in what the run writes in {folder}, or deletes of an "
                     "earlier one; move it away, or choose another output_dir"

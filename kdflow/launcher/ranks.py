@@ -107,16 +107,19 @@ class RankProcess:
             )
         # As multiprocessing does it: so divergences and the like that the caller's main file registers are there, too.
         told = spawn.get_preparation_data(f"rank {place.rank}")
-        self._link.send({name: value for name, value in told.items() if name != "authkey"})
-        self._link.send((spec, place))
+        self._tell({name: value for name, value in told.items() if name != "authkey"})
+        self._tell((spec, place))
 
     def fileno(self) -> int:
         """Readable once it has told its outcome, or has ended."""
         return self._link.fileno()
 
     def ask_to_stop(self) -> None:
-        with suppress(BrokenPipeError):  # it has ended, which is told elsewhere
-            self._link.send(None)
+        self._tell(None)
+
+    def _tell(self, what: object) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has ended, which `receive` sees
+            self._link.send(what)
 
     def receive(self) -> None:
         try:

@@ -37,6 +37,11 @@ class TimeLeft:
 class Terminal(Console):
     """One that may go away, as a pipe's reader does: what is said after that is lost, and the run is not."""
 
+    def say(self, text: str) -> None:
+        """A line, as it is."""
+        with suppress(OSError):  # it may go to a file, whose disk is full
+            self.out(text, highlight=False)
+
     def on_broken_pipe(self) -> None:
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
@@ -52,7 +57,7 @@ class Progress:
         console: where to write; its being a terminal decides the form.
     """
 
-    def __init__(self, num_steps: int, *, first_step: int, log_every: int, console: Console) -> None:
+    def __init__(self, num_steps: int, *, first_step: int, log_every: int, console: Terminal) -> None:
         self._console = console
         self._log_every = log_every
         self._num_steps = num_steps
@@ -83,7 +88,7 @@ class Progress:
             teacher=f"{metrics.teacher_tokens_per_s:,.0f}",
         )
         if not self._console.is_terminal and metrics.step % self._log_every == 0:
-            self._line(
+            self._console.say(
                 f"step {metrics.step}/{self._num_steps}  loss {metrics.loss:.4f}{_by_teacher(metrics, 'loss')}  "
                 f"grad norm {metrics.grad_norm:.2f}  lr {metrics.learning_rate:.2e}  "
                 f"student {metrics.student_tokens_per_s:,.0f} tok/s  "
@@ -98,7 +103,7 @@ class Progress:
 
     def on_eval(self, metrics: EvalMetrics) -> None:
         kl, agreement = metrics.kl, metrics.top1_agreement
-        self._line(
+        self._console.say(
             f"eval after {metrics.step} steps: "
             + ("" if math.isnan(kl) else f"KL(teacher||student) {kl:.4f} nats{_by_teacher(metrics, 'kd_loss')}  ")
             + f"perplexity {metrics.perplexity:,.2f}  "
@@ -107,15 +112,11 @@ class Progress:
         )
 
     def on_warning(self, text: str) -> None:
-        self._line(f"warning: {text}")
+        self._console.say(f"warning: {text}")
 
     def close(self) -> None:
         with suppress(OSError):
             self._bar.stop()
-
-    def _line(self, text: str) -> None:
-        with suppress(OSError):  # it may go to a file, whose disk is full
-            self._console.out(text, highlight=False)
 
 
 def _by_teacher(metrics: StepMetrics | EvalMetrics, number: Literal["loss", "kd_loss"]) -> str:

@@ -138,7 +138,7 @@ def test_output_folder(run_config, tmp_path: Path) -> None:
     open_output(run_config(overwrite="true"))
     assert not (folder / "metrics.jsonl").exists()
     assert (folder / "mine.txt").exists()
-    assert {p.name for p in folder.iterdir()} <= {*RUN_ENTRIES, "mine.txt"}
+    assert {p.name for p in folder.iterdir()} <= {*RUN_ENTRIES, "config.yaml", "mine.txt"}
     with pytest.raises(ConfigError, match="holds no run"):
         open_output(run_config(output_dir=tmp_path / "new", resume="true"))
 
@@ -147,7 +147,7 @@ def test_an_overwrite_that_is_cut_short_is_gone_on_with(run_config, monkeypatch:
     """Whichever entry it came to; and checkpoints without a config are nobody's to write beside."""
     folder = open_output(run_config())
     write_config(run_config(), folder)
-    for name in set(RUN_ENTRIES) - {"config.yaml", "metrics.jsonl"}:
+    for name in set(RUN_ENTRIES) - {"metrics.jsonl"}:
         (folder / name).mkdir(exist_ok=True)
     kept = {p.name for p in folder.iterdir()}
 

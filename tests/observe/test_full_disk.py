@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kdflow.errors import ConfigError
-from kdflow.observe import Progress, Recorder, WandbRecorder
+from kdflow.observe import Progress, Recorder, Terminal, WandbRecorder
 from kdflow.training import EvalMetrics, StepMetrics
+from support.disk import room
 from support.run import train
 
 STEP = StepMetrics(**{**{field.name: 1.5 for field in fields(StepMetrics)}, "teachers": {}})
 EVAL = EvalMetrics(0, 0.5, 1.0, 2.5, 0.5, 100, 1.0)
 FULL = Path("/dev/full")
-
-
-@contextmanager
-def room(num_bytes: int) -> Iterator[None]:
-    """In each file; a write beyond fails, in earnest."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def told_steps(folder: Path) -> tuple[list[int], list[int]]:
@@ -91,7 +78,7 @@ def test_files_that_cannot_be_opened_end_the_run_at_its_start(tmp_path: Path) ->
 
 def test_progress_goes_on_when_its_file_has_no_room() -> None:
     file = FULL.open("w")
-    progress = Progress(4, first_step=0, log_every=1, console=Console(file=file))
+    progress = Progress(4, first_step=0, log_every=1, console=Terminal(file=file))
     progress.on_step(replace(STEP, step=1))
     progress.on_eval(replace(EVAL, step=1))
     progress.on_warning("no room")

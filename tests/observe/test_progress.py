@@ -5,9 +5,8 @@ from dataclasses import fields, replace
 from io import StringIO
 
 import pytest
-from rich.console import Console
 
-from kdflow.observe import Progress
+from kdflow.observe import Progress, Terminal
 from kdflow.observe.progress import RECENT_STEPS, TimeLeft
 from kdflow.training import EvalMetrics, StepMetrics, TeacherMetrics
 
@@ -28,7 +27,7 @@ def test_time_left_is_that_of_the_mean_of_recent_steps() -> None:
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
     out = StringIO()
-    progress = Progress(4, first_step=0, log_every=2, console=Console(file=out))
+    progress = Progress(4, first_step=0, log_every=2, console=Terminal(file=out))
     for step in (1, 2, 3):
         progress.on_step(replace(STEP, step=step, step_s=2.0))
     progress.on_eval(EvalMetrics(3, 0.5, 1.0, 2.71828, 0.25, 100, 1.0))
@@ -43,7 +42,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 
 def test_losses_of_each_teacher_stand_behind_that_of_all() -> None:
     out = StringIO()
-    progress = Progress(4, first_step=0, log_every=1, console=Console(file=out))
+    progress = Progress(4, first_step=0, log_every=1, console=Terminal(file=out))
     code, maths = (TeacherMetrics(loss, kl, 1.0, 1.0, 1.0, 0.5, 10) for loss, kl in ((0.5, 0.25), (2.0, 1.5)))
     teachers = {"code": code, "maths": maths}
     progress.on_step(replace(STEP, step=1, teachers=teachers))
@@ -56,7 +55,7 @@ def test_losses_of_each_teacher_stand_behind_that_of_all() -> None:
 
 def test_what_there_is_only_with_a_teacher_is_left_out_without() -> None:
     out = StringIO()
-    progress = Progress(4, first_step=0, log_every=1, console=Console(file=out))
+    progress = Progress(4, first_step=0, log_every=1, console=Terminal(file=out))
     progress.on_step(replace(STEP, step=1, teacher_tokens_per_s=0.0, num_skipped=1))
     progress.on_eval(EvalMetrics(1, math.nan, 1.0, 2.71828, math.nan, 100, 1.0))
     text = "no room in runs/[a][/b]/:smile:/" + "long/" * 50

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,19 +12,9 @@ from kdflow.config import LoraConfig, StudentConfig
 from kdflow.errors import CheckpointError
 from kdflow.modeling import load_tokenizer
 from kdflow.student import CheckpointFolder, CheckpointStore, FSDP2Student, export_checkpoint, export_model
+from support.disk import room
 from support.ranks import run_on_ranks
 from support.student import make_student
-
-
-@contextmanager
-def room(num_bytes: int) -> Iterator[None]:
-    """In each file; a write beyond fails, in earnest."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

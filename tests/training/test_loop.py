@@ -41,6 +41,14 @@ class BadRows:
         pass
 
 
+class Source:
+    def __init__(self, rows: Rows, bad_sample: int) -> None:
+        self._rows, self._bad_sample = rows, bad_sample
+
+    def prefetch(self, work):
+        return (BadRows(self._rows, m, self._bad_sample) for microbatches in work for m in microbatches)
+
+
 class Seen:
     """Notes what it is told, and the state after each step; keeps no checkpoints."""
 
@@ -104,14 +112,10 @@ def train_with_a_bad_step(folder: Path, max_skipped_steps: int) -> dict[str, Any
     bad = [i for m in order[1].microbatches for i in m.sample_ids][:1]
     dist.broadcast_object_list(bad, src=0)  # a sample of rank 0 in the second of three steps
 
-    class Source:
-        def prefetch(self, work):
-            return (BadRows(rows, m, bad[0]) for microbatches in work for m in microbatches)
-
     seen = Seen(student)
     trainer = Trainer(
         student,
-        Source(),
+        Source(rows, bad[0]),
         device=CPU,
         observers=[seen],
         checkpoints=seen,
@@ -162,13 +166,9 @@ def stop_in_an_evaluation(folder: Path) -> dict[str, Any]:
     evaluation = Evaluation(5, held.microbatches, held.num_loss_tokens, held.loss_tokens)
     seen = SeenEvaluation(student)
 
-    class Source:
-        def prefetch(self, work):
-            return (BadRows(rows, m, -1) for microbatches in work for m in microbatches)
-
     trainer = Trainer(
         student,
-        Source(),
+        Source(rows, -1),
         device=CPU,
         observers=[seen],
         checkpoints=seen,
